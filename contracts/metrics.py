@@ -191,8 +191,13 @@ MEASUREMENTS: Final = {
                 Field(
                     "host_rtt_ns",
                     FieldKind.SAMPLE,
-                    "`tool_rtt_ns` - `egress_ns` - `ingress_ns`: at low packet rates a lower bound of a host process's"
-                    " round-trip time.",
+                    "Round-trip time that a process on the host would have measured with nothing tracing, estimated"
+                    " with probes; absent without probes.",
+                ),
+                Field(
+                    "host_rtt_lower_bound_ns",
+                    FieldKind.SAMPLE,
+                    "`tool_rtt_ns` - `egress_ns` - `ingress_ns`: a lower bound of a host process's round-trip time.",
                 ),
                 Field("nic_rtt_ns", FieldKind.SAMPLE, "Round-trip time from the outer device and back to it."),
                 Field("egress_ns", FieldKind.SAMPLE, "Overhead of the request."),

@@ -231,6 +231,7 @@ class RoundTripRows(Columns):
     tool_rtt_ns: npt.NDArray[np.int64]
     """Round trip by the tool; `NOT_TOLD` without a reply."""
     host_rtt_ns: npt.NDArray[np.int64]
+    """Round trip of a process on the host with nothing tracing, by probes; `NOT_TOLD` without probes."""
     nic_rtt_ns: npt.NDArray[np.int64]
     egress_ns: npt.NDArray[np.int64]
     ingress_ns: npt.NDArray[np.int64]
@@ -239,6 +240,8 @@ class RoundTripRows(Columns):
     """Index into `RoundTrips.reasons`; 0 is `paired`."""
     temporal_error_ns: npt.NDArray[np.int64]
     """Part of `tool_rtt_ns` in which the tool waited for a CPU; `NOT_TOLD` if that is not known."""
+    host_rtt_lower_bound_ns: npt.NDArray[np.int64]
+    """`tool_rtt_ns` - `egress_ns` - `ingress_ns`."""
 
     _DTYPES: ClassVar[dict[str, str]] = {
         "utc_ns": "<i8",
@@ -251,6 +254,7 @@ class RoundTripRows(Columns):
         "grade": "u1",
         "reason": "u1",
         "temporal_error_ns": "<i8",
+        "host_rtt_lower_bound_ns": "<i8",
     }
 
 

@@ -2,7 +2,7 @@
 
 For a request and its response that were both seen over the whole path (`contracts.schema.Crossings`):
 
-    host RTT = tool RTT - egress - ingress
+    lower bound of the host RTT = tool RTT - egress - ingress
     egress   = net_dev_queue of the request, outer - inner device
     ingress  = of the response, inner - outer device: netif_receive_skb, if the tool reads the clock after it; the
                kernel's timestamp, if the tool uses that: the wait behind the timestamp is not part of the tool's RTT
@@ -115,7 +115,8 @@ class Corrections(Columns):
     arrived_utc_ns: npt.NDArray[np.int64]
     """The response at the inner device, as the tool's clock sees it: kernel timestamp or `netif_receive_skb`."""
     tool_rtt_ns: npt.NDArray[np.int64]
-    host_rtt_ns: npt.NDArray[np.int64]
+    host_rtt_lower_bound_ns: npt.NDArray[np.int64]
+    """Lower bound of a host process's RTT, whose packet causes a part of the work within egress and ingress, too."""
     nic_rtt_ns: npt.NDArray[np.int64]
     egress_ns: npt.NDArray[np.int64]
     """Overhead of the request."""
@@ -130,7 +131,7 @@ class Corrections(Columns):
         "sent_utc_ns": "<i8",
         "arrived_utc_ns": "<i8",
         "tool_rtt_ns": "<i8",
-        "host_rtt_ns": "<i8",
+        "host_rtt_lower_bound_ns": "<i8",
         "nic_rtt_ns": "<i8",
         "egress_ns": "<i8",
         "ingress_ns": "<i8",
@@ -176,7 +177,7 @@ def correct(
         "sent_utc_ns": out.inner_utc_ns,
         "arrived_utc_ns": arrived,
         "tool_rtt_ns": tool,
-        "host_rtt_ns": tool - added - removed,
+        "host_rtt_lower_bound_ns": tool - added - removed,
         "nic_rtt_ns": back.outer_edge_utc_ns - out.outer_edge_utc_ns,
         "egress_ns": added,
         "ingress_ns": removed,

@@ -8,8 +8,18 @@ from dashboards.panels import dashboard, ledger, lines, losses, rows
 from dashboards.query import select
 
 _CHOSEN = ("host", "container", "source")
-_RTTS = {"tool": "tool_rtt_ns", "host": "host_rtt_ns", "NIC": "nic_rtt_ns"}
+_RTTS = {
+    "tool": "tool_rtt_ns",
+    "host": "host_rtt_ns",
+    "host, lower bound": "host_rtt_lower_bound_ns",
+    "NIC": "nic_rtt_ns",
+}
 _SAMPLES = "Exact quantiles of the round trips in the selected time range that could be corrected (reason `paired`)."
+
+_HOST = (
+    "The host RTT is there where mace ping or mace wrap sent probes; the lower bound, the tool's round trip less the"
+    " time in the container's devices, is always there."
+)
 
 
 def make() -> build.Dashboard:
@@ -17,8 +27,8 @@ def make() -> build.Dashboard:
     made = dashboard(
         "rtt",
         "round trips",
-        "Round trip times that the tool reported, that a host process would have measured, and from the host's outer"
-        " device and back to it.",
+        "Round trip times that the tool reported, that a host process would have measured (by probes, and otherwise its"
+        " lower bound alone), and from the host's outer device and back to it.",
         ("host", "source", "container"),
     )
     for panel in ledger(_CHOSEN):
@@ -31,7 +41,7 @@ def make() -> build.Dashboard:
     made.with_panel(
         rows(
             "Tool, host and NIC",
-            _SAMPLES,
+            f"{_SAMPLES} {_HOST}",
             select(
                 {**columns, "samples": 'count("tool_rtt_ns")'},
                 "rtt",
@@ -47,7 +57,7 @@ def make() -> build.Dashboard:
         made.with_panel(
             lines(
                 f"{quantile} of tool, host and NIC",
-                f"{_SAMPLES} Each point covers the round trips that began in the step.",
+                f"{_SAMPLES} {_HOST} Each point covers the round trips that began in the step.",
                 [
                     select(
                         {name: f'percentile("{field}", {percent})' for name, field in _RTTS.items()},

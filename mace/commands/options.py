@@ -122,6 +122,15 @@ class CaptureOptions:
     ring_mib: int | None
 
 
+def with_probes(parser: argparse.ArgumentParser) -> None:
+    """Add the option that leaves the probes out."""
+    parser.add_argument(
+        "--no-probes",
+        action="store_true",
+        help="send no probes beside the tool; of the host RTT only a lower bound is known then",
+    )
+
+
 def with_capture(parser: argparse.ArgumentParser) -> None:
     """Add the fields of `CaptureOptions`."""
     with_source(parser)

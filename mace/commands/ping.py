@@ -12,10 +12,11 @@ from mace.commands.options import (
     CaptureOptions,
     SinkOptions,
     Where,
-    whole_at_least,
+    renamed,
     with_capture,
     with_config,
     with_format,
+    with_probes,
     with_record,
     with_sinks,
     with_where,
@@ -29,7 +30,7 @@ class Options:
     where: Where
     record: Path | None
     sinks: SinkOptions
-    host_path: int | None
+    no_probes: bool
     capture: CaptureOptions
     config: Path | None
     format: str
@@ -44,9 +45,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     with_where(parser)
     with_record(parser)
     with_sinks(parser)
-    parser.add_argument(
-        "--host-path", type=whole_at_least(1), metavar="N", help="first measure the host path term with N probes"
-    )
+    with_probes(parser)
+    renamed(parser, "--host-path", "the default; --no-probes sends no probes")
     with_capture(parser)
     with_config(parser)
     with_format(parser)
@@ -56,27 +56,25 @@ def run(options: Options, console: Console) -> int:
     """Run ping under a capture and print its corrected lines; returns ping's exit status."""
     from mace.commands import settings
     from mace.tools import ping
+    from mace.tools.beside import Beside
     from mace.tools.following import Following
 
     argv, user_clock, stamps_shown = ping.arguments(options.others)
     configured = settings.configured(
         options.config, capture=options.capture, sinks=options.sinks, place=settings.lab_of(options.where.lab)
     )
-    as_json, term = options.format == JSON, None
+    as_json = options.format == JSON
     with settings.namespace(options.where, configured) as netns_fd:
-        if options.host_path:
-            probing = ping.probing(options.host_path, argv, netns_fd, configured.capture.host_netns)
-            term = probing.measure(settings.session(configured, options.format, console))
         session = settings.session(configured, options.format, console)
+        beside = Beside.of(netns_fd, configured.capture, probes=not options.no_probes)
         with Following.opened() as following:
-            one = ping.Ping(argv, netns_fd, following, user_clock=user_clock, stamps_shown=stamps_shown, quiet=as_json)
+            one = ping.Ping(
+                argv, netns_fd, following, beside, user_clock=user_clock, stamps_shown=stamps_shown, quiet=as_json
+            )
             found = one.measure(session, settings.tee(options.record))
     session.deliver(found.round_trips())
-    host_rtt = found.statistics()["host_rtt_ns"]["median"]
     if as_json:
-        console.json(found.as_dict() | ({"host_path": term.as_dict(host_rtt)} if term else {}))
+        console.json(found.as_dict())
     else:
-        found.tables(console.out(), lower_bound=term is None)
-        if term:
-            console.line(term.line(host_rtt))
+        found.tables(console.out())
     return one.status

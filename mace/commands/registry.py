@@ -46,6 +46,7 @@ COMMANDS: Final = (
     Command("ping", "run ping in a container and correct each round trip for the container's devices (root)"),
     Command("correct", "correct the output of a tool that has run, with a capture of that time"),
     Command("wrap", "run another tool in a container and correct its output: fping, dig, curl (root)"),
+    Command("calibrate", "measure the tracer's own cost, which ping and wrap then subtract (root)"),
     Command("experiment", "compare ping on the host, in a container, and corrected (root)"),
     Command("compare", "compare the sources' figures and costs on the same traffic (root)"),
     Command("report", "show a store or a recording as tables, paths and pictures"),

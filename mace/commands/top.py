@@ -140,7 +140,7 @@ def _look_back(options: Options, console: Console, *, replaying: bool) -> None:
 def _shown(options: Options, configured: Config, made: Path | None) -> list[str]:
     from datetime import UTC, datetime
 
-    from mace.shown.report import instant_ns
+    from mace.shown.instants import instant_ns
     from mace.shown.top import running
     from mace.shown.top.stored import StoredFeed
     from storage.query import StoreReader

@@ -16,6 +16,7 @@ from mace.commands.options import (
     with_capture,
     with_config,
     with_format,
+    with_probes,
     with_record,
     with_sinks,
     with_where,
@@ -30,6 +31,7 @@ class Options:
     record: Path | None
     tool: str | None
     command: tuple[str, ...]
+    no_probes: bool
     sinks: SinkOptions
     capture: CaptureOptions
     config: Path | None
@@ -42,6 +44,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     with_record(parser)
     parser.add_argument("--tool", choices=TOOLS, help="the tool that runs, if its output does not show which")
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="the tool and its arguments, after `--`")
+    with_probes(parser)
     with_sinks(parser)
     with_capture(parser)
     with_config(parser)
@@ -52,23 +55,27 @@ def run(options: Options, console: Console) -> int:
     """Run the tool and print its corrected samples; returns the tool's exit status."""
     from mace.commands import settings
     from mace.tools import correct, wrap
+    from mace.tools.beside import Beside
     from mace.tools.following import Following
 
     configured = settings.configured(
         options.config, capture=options.capture, sinks=options.sinks, place=settings.lab_of(options.where.lab)
     )
     as_json = options.format == JSON
-    with settings.namespace(options.where, configured) as netns_fd, Following.opened() as following:
+    with settings.namespace(options.where, configured) as netns_fd:
         session = settings.session(configured, options.format, console)
-        found, status = wrap.measure(
-            options.command,
-            netns_fd,
-            session,
-            following,
-            settings.tee(options.record),
-            reader_name=options.tool,
-            quiet=as_json,
-        )
+        beside = Beside.of(netns_fd, configured.capture, probes=not options.no_probes)
+        with Following.opened() as following:
+            found, status = wrap.measure(
+                options.command,
+                netns_fd,
+                session,
+                following,
+                beside,
+                settings.tee(options.record),
+                reader_name=options.tool,
+                quiet=as_json,
+            )
     session.deliver(found.round_trips())
     if as_json:
         console.json(found.as_dict())

@@ -106,7 +106,7 @@ class Session:
                 )
             )
 
-    def observe(self, until: Until, on_results: Callable[[Results], None], *, tee: CaptureSink | None) -> None:
+    def observe(self, until: Until, on_results: Callable[[Results], None], *, tee: StreamSink | None) -> None:
         """Run the correlator live with crossings until `until` ends (`runs.observe`)."""
 
         def begin(header: StreamHeader, chosen: str) -> None:

@@ -27,19 +27,23 @@ from correlator.waiting import Waited
 from mace.shown import tables
 from mace.shown.terminal import PlainTable
 from mace.tools.following import Followed, Following
+from mace.tools.host_probes import HostProbes
+from mace.tools.host_rtt import Cost, HostRtt, ToolTimes, estimate
 from mace.tools.samples import Reader
 
 FIGURES: Final = {
     "tool_rtt_ns": "tool RTT",
     "host_rtt_ns": "host RTT",
+    "host_rtt_lower_bound_ns": "host RTT, lower bound",
     "nic_rtt_ns": "NIC RTT",
     "egress_ns": "egress in devices",
     "ingress_ns": "ingress in devices",
 }
-"""Columns of `Corrections` with statistics, and their names for people."""
+"""Columns of `Corrections` with statistics, and the host RTT, which is there with probes alone; names for people."""
 WAITS: Final = {
     "temporal_error_ns": "temporal error",
     "host_rtt_without_waiting_ns": "host RTT without it",
+    "host_rtt_lower_bound_without_waiting_ns": "lower bound without it",
     "waited_send_ns": "CPU wait, sending",
     "waited_receive_ns": "CPU wait, receiving",
 }
@@ -47,8 +51,8 @@ WAITS: Final = {
 _WAITED_NS: Final = 50_000
 """Smallest temporal error that a line mentions: more than a wake-up on an idle machine (`correlator.stamps`)."""
 _LOWER_BOUND: Final = (
-    "host RTT is a lower bound where requests are rare: egress and ingress are the time spent in the container's "
-    "devices, and a host process does a part of that work too (mace ping --host-path N measures how much)"
+    "of the host RTT only a lower bound is known, the tool RTT less the time in the container's devices: a host "
+    "process does a part of that work too"
 )
 _SHOWN: Final = 12
 """Most unpaired samples that are listed per reason; `--json` lists all."""
@@ -120,6 +124,12 @@ class Corrected:
     """The container's packets with records over the whole path, in both directions."""
     netns: str = ""
     """Name of the container's network namespace."""
+    host: HostRtt | None = None
+    """What turns the lower bound into the host RTT; None if that is not known."""
+    no_host: str = "probes are sent while a tool runs, by mace ping and mace wrap"
+    """Why it is not known."""
+    no_cost: str = ""
+    """Why the tracer's cost is not known."""
     followed: Followed | None = None
     """How long the tool waited for a CPU; None if it was not followed while it ran."""
 
@@ -145,6 +155,25 @@ class Corrected:
         """Return the result with the waits of the tool, which has ended; `stamps` is its model."""
         return replace(self, followed=following.finished(self.samples, self.corrections, stamps, utc_offset_ns))
 
+    def probed_by(self, probes: HostProbes, cost: Cost | None, warm: Cost | None, no_cost: str) -> Corrected:
+        """Return the result with the host RTT by probes that ran beside the tool, which has ended.
+
+        `cost` is the tracer's, and `warm` that of records that follow others; None if it is not known, and `no_cost`
+        says why.
+        """
+        found = estimate(ToolTimes.of(self.samples, self.corrections), probes.probes, cost, warm, alone=probes.rarer)
+        if found is None:
+            return replace(self, no_host=probes.remark())
+        return replace(self, host=found, no_host="", no_cost=no_cost)
+
+    @property
+    def host_rtt_ns(self) -> Ints:
+        """Host RTT of each sample; `NOT_TOLD` for unpaired ones, and for all if it is not known."""
+        if self.host is None:
+            return np.full(len(self.samples), NOT_TOLD)
+        found = self.corrections.host_rtt_lower_bound_ns + round(self.host.added_ns)
+        return np.where(self.corrections.reason == Reason.PAIRED, found, NOT_TOLD)
+
     @property
     def waited(self) -> Waited:
         """How long the tool waited for a CPU, one row per sample; unknown if it was not followed."""
@@ -158,13 +187,14 @@ class Corrected:
             utc_ns=np.where(paired, found.sent_utc_ns, samples.stamp_utc_ns),
             seq=samples.seq,
             tool_rtt_ns=samples.rtt_ns,
-            host_rtt_ns=found.host_rtt_ns,
+            host_rtt_ns=self.host_rtt_ns,
             nic_rtt_ns=found.nic_rtt_ns,
             egress_ns=found.egress_ns,
             ingress_ns=found.ingress_ns,
             grade=found.grade,
             reason=found.reason,
             temporal_error_ns=np.where(self.waited.known, self.waited.temporal_error_ns, NOT_TOLD),
+            host_rtt_lower_bound_ns=found.host_rtt_lower_bound_ns,
         )
         return RoundTrips(self.tool, self.container, self.netns, tuple(r.name.lower() for r in Reason), rows)
 
@@ -178,12 +208,17 @@ class Corrected:
         chosen = np.flatnonzero((self.corrections.reason == Reason.PAIRED) & ~self.samples.duplicate)
         chosen = chosen[np.argsort(self.corrections.sent_utc_ns[chosen], kind="stable")]
         followed = chosen[self.waited.known[chosen]]
-        columns = {name: getattr(self.corrections, name)[chosen] for name in FIGURES}
+        columns = {name: self._figure(name)[chosen] for name in FIGURES if name != "host_rtt_ns" or self.host}
         if len(followed):
             columns |= {name: values[followed] for name, values in self._waits().items()}
         found = {}
         for name, values in columns.items():
             median, mean = intervals.median(values), intervals.mean(values)
+            if self.host is not None and median is not None and mean is not None:
+                if name == "host_rtt_ns":
+                    median, mean = self.host.median, self.host.around(mean)
+                elif name == "host_rtt_without_waiting_ns":
+                    median, mean = self.host.around(median), self.host.around(mean)
             found[name] = {
                 "count": len(values),
                 "min": int(values.min()) if len(values) else None,
@@ -193,16 +228,20 @@ class Corrected:
             }
         return found
 
+    def _figure(self, name: str) -> Ints:
+        found: Ints = self.host_rtt_ns if name == "host_rtt_ns" else getattr(self.corrections, name)
+        return found
+
     def _waits(self) -> dict[str, Ints]:
-        """Return the columns in `WAITS`, one element per sample."""
+        """Return the columns in `WAITS`, one element per sample: of the host RTT if it is known, else its bound."""
         waited = self.waited
-        columns = (
-            waited.temporal_error_ns,
-            self.corrections.host_rtt_ns - waited.temporal_error_ns,
-            waited.send_ns,
-            waited.receive_ns,
-        )
-        return dict(zip(WAITS, columns, strict=True))
+        which = "host_rtt" if self.host else "host_rtt_lower_bound"
+        return {
+            "temporal_error_ns": waited.temporal_error_ns,
+            f"{which}_without_waiting_ns": self._figure(f"{which}_ns") - waited.temporal_error_ns,
+            "waited_send_ns": waited.send_ns,
+            "waited_receive_ns": waited.receive_ns,
+        }
 
     def unpaired(self) -> dict[Reason, list[int]]:
         """Return the rows of the samples without a pair, by reason."""
@@ -215,11 +254,13 @@ class Corrected:
         """Return the result for JSON.
 
         The keys are `tool`, `container`, `samples` (a list of objects: seq, stamp_utc_ns, duplicate, reason,
-        tool_rtt_ns, and for paired samples host_rtt_ns, nic_rtt_ns, egress_ns, ingress_ns, grade), `paired`, `unpaired`
-        (count by reason), `statistics` (the result of `statistics`), `not_understood` (lines), `left_out` (count by
-        reason), `packets`, `ledger`, `cost` if it is known, and `waiting` (`Followed.as_dict`) if the tool was followed
-        while it ran. Then samples whose waits are known also have temporal_error_ns, host_rtt_without_waiting_ns,
-        waited_send_ns, waited_receive_ns.
+        tool_rtt_ns, and for paired samples host_rtt_ns if it is known, host_rtt_lower_bound_ns, nic_rtt_ns, egress_ns,
+        ingress_ns, grade), `paired`, `unpaired` (count by reason), `statistics` (the result of `statistics`),
+        `not_understood` (lines), `left_out` (count by reason), `packets`, `ledger`, `host_path` (`HostRtt.as_dict`),
+        `no_host_rtt` and `no_tracer_cost` (why the host RTT or the tracer's cost is not known; None if it is), `cost`
+        if the source measures it, and `waiting` (`Followed.as_dict`) if the tool was followed while it ran. Then
+        samples whose waits are known also have temporal_error_ns, host_rtt_without_waiting_ns (or
+        host_rtt_lower_bound_without_waiting_ns), waited_send_ns, waited_receive_ns.
         """
         found: dict[str, Any] = {
             "tool": self.tool,
@@ -232,6 +273,9 @@ class Corrected:
             "left_out": dict(self.left_out),
             "packets": self.packets,
             "ledger": self.summary.ledger.as_dict(),
+            "host_path": self.host.as_dict() if self.host else None,
+            "no_host_rtt": self.no_host or None,
+            "no_tracer_cost": self.no_cost or None,
         }
         if self.summary.cost:
             found["cost"] = [cost.as_dict() for cost in self.summary.cost]
@@ -240,7 +284,7 @@ class Corrected:
         return found
 
     def _rows(self) -> Iterator[dict[str, Any]]:
-        known, waits = self.waited.known, self._waits()
+        known, waits, host_rtt_ns = self.waited.known, self._waits(), self.host_rtt_ns
         for i in range(len(self.samples)):
             reason = Reason(int(self.corrections.reason[i]))
             row: dict[str, Any] = {
@@ -251,21 +295,18 @@ class Corrected:
                 "tool_rtt_ns": _told(self.samples.rtt_ns[i]),
             }
             if reason is Reason.PAIRED:
-                for name in ("host_rtt_ns", "nic_rtt_ns", "egress_ns", "ingress_ns"):
+                if self.host:
+                    row["host_rtt_ns"] = int(host_rtt_ns[i])
+                for name in ("host_rtt_lower_bound_ns", "nic_rtt_ns", "egress_ns", "ingress_ns"):
                     row[name] = int(getattr(self.corrections, name)[i])
                 row["grade"] = Grade(int(self.corrections.grade[i])).name.lower()
             if known[i]:
                 row |= {name: int(values[i]) for name, values in waits.items()}
             yield row
 
-    def tables(self, console: Console, *, lower_bound: bool = True) -> None:
-        """Print statistics, unpaired samples with their reasons, lines that were not understood, and the ledger.
-
-        `lower_bound`: say that the host RTT is a lower bound, where no host path term is printed.
-        """
+    def tables(self, console: Console) -> None:
+        """Print statistics, what the host RTT consists of, unpaired samples with their reasons, and the ledger."""
         console.print(self._statistics_table())
-        if lower_bound and (self.corrections.reason == Reason.PAIRED).any():
-            console.print(Text(_LOWER_BOUND))
         for text in self._remarks():
             console.print(Text(printable(text)))
         for panel in tables.losses_panel(self.summary):
@@ -292,6 +333,12 @@ class Corrected:
         return table
 
     def _remarks(self) -> Iterator[str]:
+        if self.host:
+            yield self.host.line()
+        elif (self.corrections.reason == Reason.PAIRED).any():
+            yield f"{_LOWER_BOUND} ({self.no_host})"
+        if self.no_cost:
+            yield f"the tracer's cost is not known: {self.no_cost}"
         for reason, rows in self.unpaired().items():
             yield f"unpaired {len(rows):,} · {REASONS[reason]}{self._named(rows)}"
         for why, count in self.left_out.items():
@@ -326,18 +373,20 @@ class Corrected:
         return f" (seq {', '.join(map(str, numbers))}{more})"
 
 
-def line(corrections: Corrections, row: int, waited: Waited | None = None) -> str:
+def line(corrections: Corrections, row: int, waited: Waited | None = None, added_ns: float | None = None) -> str:
     """Return one line with a sample's correction, or the reason why it has none.
 
-    A temporal error that is longer than a wake-up on an idle machine is part of the line.
+    `added_ns` turns the lower bound into the host RTT; None if it is not known, and then the line has the lower bound:
+    `host≥` in place of `host=`. A temporal error that is longer than a wake-up on an idle machine is part of the line.
     """
     reason = Reason(int(corrections.reason[row]))
     if reason is not Reason.PAIRED:
         return f"not corrected · {REASONS[reason]}"
+    host_ns = int(corrections.host_rtt_lower_bound_ns[row]) + round(added_ns or 0)
+    host = f"host{'≥' if added_ns is None else '='}{tables.microseconds(host_ns)}"
     told = (
         f"{name}={tables.microseconds(int(getattr(corrections, column)[row]))}"
         for name, column in (
-            ("host", "host_rtt_ns"),
             ("nic", "nic_rtt_ns"),
             ("egress", "egress_ns"),
             ("ingress", "ingress_ns"),
@@ -345,7 +394,7 @@ def line(corrections: Corrections, row: int, waited: Waited | None = None) -> st
     )
     late_ns = int(waited.temporal_error_ns[row]) if waited is not None else 0
     more = f" · waited for CPU {tables.microseconds(late_ns)} µs" if late_ns >= _WAITED_NS else ""
-    return f"{' '.join(told)} µs {Grade(int(corrections.grade[row])).name.lower()}{more}"
+    return f"{' '.join((host, *told))} µs {Grade(int(corrections.grade[row])).name.lower()}{more}"
 
 
 def _told(value: np.integer[Any]) -> int | None:

@@ -8,9 +8,9 @@ warms the caches for the rest of the way, while a host packet runs everything wi
     container       S ── Q inner ─┆─ bridge, the same rules, ... ─┆─ Q outer ── X outer ── ...   only the start is cold
                                   └────────── subtracted ─────────┘
 
-The term is therefore measured, with the same *probe* sent from the host and from the container. Probes have the tool's
-pace and alternate with the tool; they never run at the same time. The *host path term* is the time of a host's probe
-less the time that the correction leaves of a container's probe, over these stretches:
+The term is therefore measured with *probes* from the host and from the container, of the tool's pace and size. The
+*host path term* is the time of a host's probe less the time that the correction leaves of a container's packet, over
+these stretches:
 
     send     S to Q outer for the host's probe, S to Q inner for the container's
     device   Q outer to X outer (`net_dev_start_xmit`: the driver is called)
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -44,9 +44,12 @@ PAYLOAD_BYTES: Final = 48
 """Payload of a probe. It is not ping's 56, so that the packets' length distinguishes probes from ping's requests."""
 PROBE_LEN: Final = 20 + 8 + PAYLOAD_BYTES
 """Length of a probe, bytes, with the IPv4 and ICMP headers."""
+MOST_RECORDS: Final = 100_000
+"""Most records that are kept of packets as long as a probe: 6 MB, and half a second of a flood of such packets."""
 STRETCHES: Final = ("send", "device", "beyond", "answer")
 """Names of the stretches of the host path term."""
 _ARRIVALS: Final = ALONG[Way.RECEIVE]
+_EVER: Final = 1 << 62
 _LATEST_NS: Final = 5_000_000
 """A probe without a record within this time after its send is left out."""
 
@@ -88,8 +91,15 @@ class ProbeCollector:
         if len(batch):
             self._parts.append((batch, self._names[batch.dev]))
 
+    def forget(self, before_ns: int) -> None:
+        """Drop the batches that end before `before_ns`, and the earliest ones above `MOST_RECORDS` records."""
+        kept = [part for part in self._parts if int(part[0].ts_ns[-1]) >= before_ns]
+        while sum(len(batch) for batch, _ in kept) > MOST_RECORDS:
+            kept.pop(0)
+        self._parts = kept
+
     def whole(self) -> ProbeRecords:
-        """Return all records collected so far."""
+        """Return all records that are kept."""
         batch = Batch.concatenate([part for part, _ in self._parts])
         names = np.concatenate([names for _, names in self._parts]) if self._parts else np.zeros(0, object)
         return ProbeRecords(batch.ts_ns, batch.hook, batch.skb_id, names)
@@ -108,6 +118,10 @@ class ProbeRecords:
     hook: npt.NDArray[np.uint8]
     skb_id: npt.NDArray[np.uint64]
     device: npt.NDArray[np.object_]
+
+    def since(self, start_ns: int) -> ProbeRecords:
+        """Return the records from `start_ns` on."""
+        return self.between(start_ns, _EVER)
 
     def between(self, start_ns: int, end_ns: int) -> ProbeRecords:
         """Return the records from `start_ns` until before `end_ns`."""
@@ -211,3 +225,54 @@ def term_ns(host: Sequence[Stretches], container: Sequence[Stretches], names: It
             values = np.concatenate([getattr(part, name) for part in parts])
             total += sign * float(np.median(values)) if len(values) else float("nan")
     return total
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The times of one probe with records on its whole way out, ns."""
+
+    inside: bool
+    """Whether it was sent from the container."""
+    send_ns: int
+    device_ns: int
+    far_ns: int
+    """`beyond` and `answer`; -1 if the far end is on another machine."""
+    hooks: tuple[int, ...]
+    """Hooks of the records within the probe's round trip, by which tracing has made it longer."""
+    egress: tuple[int, ...] = ()
+    """Of a container's probe: hooks of those within the overhead on the way out."""
+    ingress: tuple[int, ...] = ()
+    """And on the way in."""
+
+
+def timed(sent_ns: int, rtt_ns: int, seen: ProbeRecords, inner: str | None, outer: str) -> Probe | None:
+    """Return the times of one probe, sent at `sent_ns` (CLOCK_MONOTONIC); None if a record of its way is missing.
+
+    `inner` is the container's own device; None for a probe from the host.
+    """
+    found = stretches([sent_ns], seen, inner, outer)
+    if not len(found):
+        return None
+    far_ns = int(found.beyond[0] + found.answer[0]) if len(found.answer) else -1
+    within = seen.between(sent_ns, sent_ns + rtt_ns)
+    hooks = tuple(within.hook.tolist())
+    probe = Probe(inner is not None, int(found.send[0]), int(found.device[0]), far_ns, hooks)
+    if inner is None:
+        return probe
+    out, back = _in_devices(within, sent_ns + int(found.send[0]), outer)
+    return replace(probe, egress=out, ingress=back)
+
+
+def _in_devices(within: ProbeRecords, queued_ns: int, outer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the hooks of the records within the overheads out and in, of a probe that was queued first at that time.
+
+    A record is within the overhead if its probe's time is: the record that begins the overhead is, the one that ends it
+    is not.
+    """
+    rest = within.since(queued_ns)
+    at_outer = rest.device == outer
+    left = np.flatnonzero(at_outer & (rest.hook == Hook.NET_DEV_QUEUE) & (rest.ts_ns > queued_ns))
+    came = np.flatnonzero(at_outer & np.isin(rest.hook, _ARRIVALS))
+    out = rest.hook[: left[0]].tolist() if len(left) else []
+    back = rest.hook[came[0] :].tolist() if len(came) else []
+    return tuple(out), tuple(back)

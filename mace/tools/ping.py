@@ -7,6 +7,9 @@
 A corrected line is printed when no later record can change it: some 200 ms after ping has printed the line. From the
 first line on whose packets are ambiguous by then, as in a flood, all lines are printed at the end. At the end all
 samples are paired again together; if a printed line differs from that result, a message says so.
+
+Probes run beside ping (`mace.tools.host_probes`). A line has the host RTT by the probes that were known when it was
+printed, `host=`, and before the first few probes its lower bound, `host≥`; the figures at the end use all probes.
 """
 
 from __future__ import annotations
@@ -32,9 +35,10 @@ from correlator.correction import Corrections, Reason, correct, settled
 from correlator.waiting import Waited
 from mace.live.session import Session
 from mace.shown import lines as shown_lines
+from mace.tools.beside import Beside
 from mace.tools.corrected import Corrected, Observed, line
 from mace.tools.following import Following
-from mace.tools.host_probes import Probing
+from mace.tools.host_probes import payload_beside
 from mace.tools.ping_output import PingOutput
 from storage.capture import CaptureSink
 
@@ -42,6 +46,10 @@ _OPTIONS: Final = "h?4bRT:6F:N:aABc:CdDe:fHi:I:l:Lm:M:nOp:qQ:rs:S:t:UvVw:W:"
 """The options of iputils ping: `getopt` in ping/ping.c, main."""
 _TIMED_BYTES: Final = 16
 """Smallest payload with a time stamp: ping's stamp has 16 bytes."""
+_DESTINATION: Final = re.compile(
+    r"PING \S.*?\((?P<address>[0-9A-Fa-f.:]+)\)\)?.*? (?P<payload>\d{1,6})(?:\(\d+\))? (?:data )?bytes"
+)
+"""First line: the last name in parentheses is the address. A link-local address has a device's name, and no probes."""
 _STAMP: Final = re.compile(r"^\[\d+\.\d+\] ")
 _PIPE_BYTES: Final = 1 << 20
 """Largest unprivileged pipe: some 12,000 lines. With a full pipe ping would wait for us, and measure the wait."""
@@ -50,19 +58,6 @@ _LAST_WORDS_S: Final = 3.0
 """Time for an interrupted ping to print its summary."""
 _KEPT_NS: Final = 10_000_000_000
 """Packets this much older than a line, plus the longest round trip, are not searched for the line's pair."""
-
-
-def probing(count: int, argv: Sequence[str], netns_fd: int, host_netns: str) -> Probing:
-    """Return the probes of `--host-path`: `count` to ping's destination, at ping's pace. Raises `UsageError`."""
-    options, hosts = getopt.gnu_getopt(list(argv), _OPTIONS)
-    told = dict(options)
-    if "-A" in told or "-l" in told:
-        raise UsageError("--host-path: ping -A and -l have no fixed interval for the probes; use -i instead")
-    try:
-        interval_s = float(told.get("-i", "1").replace(",", "."))
-    except ValueError:
-        raise UsageError(f"ping: -i {told['-i']}: expected a number of seconds") from None
-    return Probing(hosts[-1], count, interval_s, netns_fd, host_netns)
 
 
 def arguments(given: Sequence[str]) -> tuple[list[str], bool, bool]:
@@ -118,12 +113,14 @@ class Ping:
         argv: Sequence[str],
         netns_fd: int,
         following: Following,
+        beside: Beside,
         *,
         user_clock: bool,
         stamps_shown: bool,
         quiet: bool,
     ) -> None:
         self._following = following
+        self._beside = beside
         self._argv = list(argv)
         self._netns_fd = netns_fd
         self._netns = os.fstat(netns_fd).st_ino
@@ -146,7 +143,9 @@ class Ping:
 
     def measure(self, session: Session, tee: CaptureSink | None) -> Corrected:
         """Run ping under a capture, print its corrected lines as they are settled, and return all corrections."""
-        session.observe(self._run, lambda results: self._take(results, session.utc_offset_ns), tee=tee)
+        session.observe(
+            self._run, lambda results: self._take(results, session.utc_offset_ns), tee=self._beside.probes.tee(tee)
+        )
         if self._trouble is not None:
             raise self._trouble
         samples = self._reader.finish()
@@ -155,14 +154,20 @@ class Ping:
         offset_ns = session.utc_offset_ns
         ran_utc_ns = (self._ran_ns[0] + offset_ns, self._ran_ns[1] + offset_ns) if self._ran_ns else None
         found = Corrected.of(samples, self._observed, self._reader, self._netns, ran_utc_ns)
-        found = found.followed_by(self._following, self._reader.stamps, offset_ns)
+        found = self._beside.finished(found.followed_by(self._following, self._reader.stamps, offset_ns))
         changed = self._changed(found.corrections)
-        self._show(found.corrections[self._done :], found.waited[self._done :])
+        self._show(
+            found.corrections[self._done :], found.waited[self._done :], found.host.added_ns if found.host else None
+        )
         if changed:
             session.say(f"{changed} of the lines above differ from the final pairing, which the figures below use")
         return found
 
     async def _run(self) -> None:
+        async with self._beside.probes.running():
+            await self._run_ping()
+
+    async def _run_ping(self) -> None:
         """Run ping and read its lines. When cancelled, interrupt ping and read its summary."""
         reading, writing = os.pipe()
         with suppress(OSError):  # over the user's limit, the pipe keeps the default of 64 KiB
@@ -207,13 +212,23 @@ class Ping:
             except MaceError as error:
                 self._trouble = error
                 return
+            await self._probe(text, row)
             self._lines.append((text, row))
             self._print_lines(None)
+
+    async def _probe(self, text: str, row: int | None) -> None:
+        """Let the probes run beside ping, whose first line has the destination."""
+        probes = self._beside.probes
+        if row is not None:
+            probes.requested([time.monotonic_ns()])
+        elif begins := _DESTINATION.match(text):
+            await probes.start(begins["address"], payload_beside(int(begins["payload"])))
 
     def _take(self, results: Results, utc_offset_ns: int) -> None:
         observed, stamps = self._observed, self._reader.stamps
         observed.add(results)
         self._following.read()
+        self._beside.probes.harvest(observed.settled_utc_ns - utc_offset_ns)
         if self._held:
             return
         pending = self._reader.samples(self._done)
@@ -227,14 +242,17 @@ class Ping:
                 self._held = True
                 return
             self._shown.append(found)
-            self._show(found, self._following.so_far(pending[:ready], found, stamps, utc_offset_ns))
+            added_ns = self._beside.added_ns(pending[:ready], found, observed.summary.cost)
+            self._show(found, self._following.so_far(pending[:ready], found, stamps, utc_offset_ns), added_ns)
 
-    def _show(self, corrections: Corrections, waited: Waited) -> None:
+    def _show(self, corrections: Corrections, waited: Waited, added_ns: float | None) -> None:
         """Print the lines of these samples, which follow the printed ones, and ping's other lines between them."""
-        self._print_lines(corrections, waited)
+        self._print_lines(corrections, waited, added_ns)
         self._done += len(corrections)
 
-    def _print_lines(self, corrections: Corrections | None, waited: Waited | None = None) -> None:
+    def _print_lines(
+        self, corrections: Corrections | None, waited: Waited | None = None, added_ns: float | None = None
+    ) -> None:
         while self._lines:
             text, row = self._lines[0]
             at = -1 if row is None else row - self._done
@@ -243,7 +261,11 @@ class Ping:
             self._lines.popleft()
             if not self._quiet:
                 shown = text if self._stamps_shown else _STAMP.sub("", text)
-                more = f" · {line(corrections, at, waited)}" if corrections is not None and row is not None else ""
+                more = (
+                    f" · {line(corrections, at, waited, added_ns)}"
+                    if corrections is not None and row is not None
+                    else ""
+                )
                 shown_lines.line(shown + more, flush=True)
 
     def _changed(self, final: Corrections) -> int:

@@ -35,6 +35,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "live_dead_database": (*LAB, "influxd"),
     "visibility": (*LAB, "influxd"),
     "live_soak": LAB,
+    "host_rtt_bias": LAB,
     "kmod_vs_ftrace": QEMU,
     "kmod_kinds": QEMU,
     "bpf": LAB,

@@ -130,7 +130,8 @@ def test_options_become_the_dataclass(name):
         for field, of in typing.get_type_hints(kind).items():
             yield from leaves(of) if dataclasses.is_dataclass(of) else [field]
 
-    arguments = {each.dest for each in parser_of(name)._actions} - {"help", argparse.SUPPRESS, "csv", "rounds"}
+    former = {"experiment": {"rounds"}, "ping": {"host_path"}}.get(name, set())
+    arguments = {each.dest for each in parser_of(name)._actions} - {"help", argparse.SUPPRESS, "csv"} - former
     assert set(leaves(command.Options)) - {"others"} == arguments
 
 
@@ -159,7 +160,12 @@ def test_json_is_short_for_a_format(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "old", "new"), [("query", "--csv", "--format csv"), ("experiment", "--rounds", "--repetitions")]
+    ("name", "old", "new"),
+    [
+        ("query", "--csv", "--format csv"),
+        ("experiment", "--rounds", "--repetitions"),
+        ("ping", "--host-path", "the default; --no-probes sends no probes"),
+    ],
 )
 def test_an_option_that_was_renamed_says_so(name, old, new, capsys):
     with pytest.raises(SystemExit) as end:

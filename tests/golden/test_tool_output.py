@@ -146,7 +146,7 @@ def test_in_a_lab(capsys, name, tool, unpaired, left_out):
     for row in found["samples"]:
         if row["reason"] == "paired":
             assert 0 < row["nic_rtt_ns"] < row["tool_rtt_ns"]
-            assert row["host_rtt_ns"] + row["egress_ns"] + row["ingress_ns"] == row["tool_rtt_ns"]
+            assert row["host_rtt_lower_bound_ns"] + row["egress_ns"] + row["ingress_ns"] == row["tool_rtt_ns"]
 
 
 def test_left_out_exchanges_are_reported(capsys):

@@ -1,7 +1,7 @@
 """Every query of every dashboard runs on a real InfluxDB that the real pipeline has filled.
 
 The data are two captures of the same traffic, by the module and by ftrace (tests/golden/both-sources); the module's own
-cost, recorded in a live run; and a live run here by ftrace, because only live runs report their health.
+cost, recorded in a live run; and a live run and ping here by ftrace, because only these report health and host RTTs.
 """
 
 import json
@@ -74,6 +74,11 @@ def live(influx: Influx, place: Path) -> None:
             )
         finally:
             traffic.join()
+        # Only a live tool has a host RTT: probes run beside it.
+        mace(
+            *("ping", "--lab", name, "--container", "c1", "--source", "ftrace", "-c", 200, "-i", "0.02", "--json"),
+            *("--influxdb", influx.url, "--config", config(place, "pinged"), made.address("remote")),
+        )
 
 
 def span(influx: Influx) -> tuple[int, int]:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from mace.lab import Spec, running
-from mace.tools.host_path import STRETCHES
 from tests.measuring import balanced, mace, start, wait_for
 
 pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow]
@@ -105,20 +103,3 @@ def test_a_comparison(tmp_path):
         parts = [row["ftrace"]["p50_us"] for row in found["devices"]
                  if (row["direction"], row["segment"]) == (direction, "device")]  # fmt: skip
         assert 0 < sum(parts) < 2 * ftrace[f"overhead_{direction}"]["p50_us"]
-
-
-def test_ping_with_the_host_path_term():
-    with running(Spec(name="termed")) as lab:
-        argv = ("ping", "--lab", lab.name, "--container", "c1", "--host-path", "40", "--json", "-c", "40", "-i", "0.01")
-        found = json.loads(mace(*argv, lab.address("remote")).stdout)
-        refused = mace(*argv, "remote.example", check=False)
-    term, median = found["host_path"], found["statistics"]["host_rtt_ns"]["median"]
-    assert term["probes"] == [40, 40]
-    assert term["ci95_ns"][0] <= term["term_ns"] <= term["ci95_ns"][1]
-    assert abs(sum(term[f"{name}_ns"] for name in STRETCHES) - term["term_ns"]) <= 2
-    assert abs(term["host_rtt_p50_ns"] - median["estimate"] - term["term_ns"]) <= 1
-    low, high = term["host_rtt_ci95_ns"]
-    # The interval is wider than that of the samples alone.
-    assert high - low >= median["high"] - median["low"]
-    assert refused.returncode == 2
-    assert "probes need an IPv4 address" in refused.stderr

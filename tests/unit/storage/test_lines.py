@@ -195,17 +195,20 @@ def test_round_trips():
         "ping -U", "c1", "c1", ("paired", "no_reply"),
         RoundTripRows(
             utc_ns=np.array([START_NS, START_NS, START_NS + 5, NOT_TOLD]), seq=np.array([1, 1, 2, 3]),
-            tool_rtt_ns=np.array([90_000, 95_000, NOT_TOLD, NOT_TOLD]), host_rtt_ns=np.array([70_000, 75_000, 0, 0]),
+            tool_rtt_ns=np.array([90_000, 95_000, NOT_TOLD, NOT_TOLD]), host_rtt_ns=np.array([72_000, NOT_TOLD, 0, 0]),
             nic_rtt_ns=np.array([50_000, 55_000, 0, 0]), egress_ns=np.array([12_000, 12_000, 0, 0]),
             ingress_ns=np.array([8_000, 8_000, 0, 0]), grade=np.array([3, 3, 0, 0], "u1"),
             reason=np.array([0, 0, 1, 1], "u1"), temporal_error_ns=np.array([0, NOT_TOLD, NOT_TOLD, NOT_TOLD]),
+            host_rtt_lower_bound_ns=np.array([70_000, 75_000, 0, 0]),
         ),
     )  # fmt: skip
     lines = stream()
     common = f"rtt,host={HEADER.host},container=c1,netns=c1,tool=ping\\ -U,source=synthetic"
     paired = f"{common},grade=exact,reason=paired"
-    first = "seq=1i,tool_rtt_ns=90000i,host_rtt_ns=70000i,nic_rtt_ns=50000i,egress_ns=12000i,ingress_ns=8000i"
-    further = "seq=1i,tool_rtt_ns=95000i,host_rtt_ns=75000i,nic_rtt_ns=55000i,egress_ns=12000i,ingress_ns=8000i"
+    bound = "host_rtt_lower_bound_ns"
+    rest = "egress_ns=12000i,ingress_ns=8000i"
+    first = f"seq=1i,tool_rtt_ns=90000i,host_rtt_ns=72000i,{bound}=70000i,nic_rtt_ns=50000i,{rest}"
+    further = f"seq=1i,tool_rtt_ns=95000i,{bound}=75000i,nic_rtt_ns=55000i,{rest}"
     assert list(lines.round_trips(trips)) == [
         f"{paired} {first},temporal_error_ns=0i {START_NS}\n",
         f"{paired},slot=1 {further} {START_NS}\n",

@@ -55,11 +55,11 @@ def test_all_are_corrected(tmp_path, capsys, stamped):
     first = found["samples"][0]
     assert first == {
         "seq": 1, "stamp_utc_ns": first["stamp_utc_ns"], "duplicate": False, "reason": "paired",
-        "tool_rtt_ns": 100_000, "host_rtt_ns": 44_000, "nic_rtt_ns": 22_000,
+        "tool_rtt_ns": 100_000, "host_rtt_lower_bound_ns": 44_000, "nic_rtt_ns": 22_000,
         "egress_ns": 50_000, "ingress_ns": 6_000, "grade": "buffer",
     }  # fmt: skip
     assert (first["stamp_utc_ns"] is not None) == stamped
-    median = found["statistics"]["host_rtt_ns"]["median"]
+    median = found["statistics"]["host_rtt_lower_bound_ns"]["median"]
     assert median["low"] <= median["estimate"] <= median["high"]
     assert found["ledger"]["records"] == COUNT * 21
     assert found["statistics"]["egress_ns"]["mean"]["estimate"] == 50_000
@@ -69,11 +69,11 @@ def test_the_table(tmp_path, capsys):
     status, told = correct(tmp_path, capsys, said() + "something else\n")
     assert status == 0
     lines = told.out.splitlines()
-    assert lines[0] == "seq=1 tool=100.0 host=44.0 nic=22.0 egress=50.0 ingress=6.0 µs buffer"
+    assert lines[0] == "seq=1 tool=100.0 host≥44.0 nic=22.0 egress=50.0 ingress=6.0 µs buffer"
     assert lines[COUNT] == f"seq={COUNT + 1} not corrected · no reply: the tool saw none"
     rest = "\n".join(lines[COUNT + 1 :])
     assert "c1: 20 of 21 samples paired" in rest
-    assert "host RTT is a lower bound where requests are rare" in " ".join(rest.split())
+    assert "of the host RTT only a lower bound is known" in " ".join(rest.split())
     assert "unpaired 1 · no reply: the tool saw none (seq 21)" in rest
     assert "not understood: 1 lines of the tool's output: 'something else'" in rest
     assert "ledger: records" in rest

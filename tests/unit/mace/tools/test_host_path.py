@@ -5,10 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from contracts.errors import UsageError
 from contracts.hooks import Hook
-from mace.tools.host_path import PROBE_LEN, ProbeCollector, ProbeRecords, Stretches, stretches, term_ns
-from mace.tools.host_probes import HostPath, Probing
+from mace.tools import host_path
+from mace.tools.host_path import PROBE_LEN, ProbeCollector, ProbeRecords, Stretches, stretches, term_ns, timed
 from tests.traffic import Q, R, Tape, X, r, topology
 
 GAP = 10_000_000
@@ -121,29 +120,33 @@ def test_between_limits_the_time():
     assert whole.between(2, 3).ts_ns.tolist() == [2]
 
 
-@pytest.mark.parametrize(
-    ("shape", "why"),
-    [
-        ({"address": "far.example"}, "a name"),
-        ({"address": "2001:db8::1"}, "need an IPv4 address"),
-        ({"count": 9}, "expected at least 10"),
-    ],
-)
-def test_impossible_probes(shape, why):
-    with pytest.raises(UsageError, match=why):
-        Probing(**{"address": "203.0.113.2", "count": 10, "interval_s": 0.01, "netns_fd": 0, "host_netns": "", **shape})
+def test_one_probe_has_its_hooks_within_its_round_trip():
+    sent, tape = probes(WAY, 1)
+    [begin] = sent
+    found = timed(begin, 20_000 + 42_000, records(tape), "eth0", "out0")
+    assert (found.inside, found.send_ns, found.device_ns, found.far_ns) == (True, 20_000, 1_000, 3_000 + 8_000)
+    assert found.hooks == tuple(hook for _, hook, _ in (*WAY, *BACK[:2]))  # the last two are behind the kernel's stamp
+    assert found.egress == tuple(hook for _, hook, _ in WAY[:5])
+    assert found.ingress == ()
+    assert timed(begin, 20_000 + 45_000, records(tape), "eth0", "out0").ingress == (r, R)
+    assert timed(begin - 1_000_000_000, 62_000, records(tape), "eth0", "out0") is None
 
 
-@pytest.mark.slow
-def test_a_term_is_shown_with_its_interval_and_the_corrected_median():
-    host, container = ([stretches(*_seen(way, before_us=n), inner, "out0") for n in range(20, 30)]
-                       for way, inner in ((HOST_WAY, None), (WAY, "eth0")))  # fmt: skip
-    term = HostPath(host, container)
-    assert term.term_ns == 30_000  # of device, beyond and answer: before the first record both sides wait equally long
-    told = term.as_dict({"estimate": 50_000.0, "low": 49_000.0, "high": 52_000.0})
-    assert told["host_rtt_p50_ns"] == 80_000
-    low, high = told["host_rtt_ci95_ns"]
-    assert low <= 79_000
-    assert high >= 82_000
-    assert "host path term +30.0 µs" in term.line(None)
-    assert term.as_dict(None)["host_rtt_p50_ns"] is None
+def test_a_probe_to_another_machine_has_no_far_end_here():
+    way = [step for step in HOST_WAY if step[2] != "rem0"]
+    [sent], tape = probes(way, 1, back=[(4000, r, "out0")])
+    assert timed(sent, 4_020_000, records(tape), None, "out0").far_ns == -1
+
+
+def test_old_records_are_forgotten_and_their_number_is_bounded(monkeypatch):
+    seen = ProbeCollector()
+    seen.add(topology(), PROBE_LEN)
+    for n in (1, 2, 3):
+        tape = Tape()
+        tape.add(n * 1000, Q, "eth0", length=PROBE_LEN)
+        seen.add(tape.batch(), PROBE_LEN)
+    seen.forget(2000)
+    assert seen.whole().ts_ns.tolist() == [2000, 3000]
+    monkeypatch.setattr(host_path, "MOST_RECORDS", 1)
+    seen.forget(0)
+    assert seen.whole().ts_ns.tolist() == [3000]

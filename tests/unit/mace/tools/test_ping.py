@@ -19,6 +19,7 @@ from contracts.schema import NOT_TOLD, Crossings, Delays
 from contracts.topology import Device, Role
 from contracts.windowtable import WindowTable
 from correlator.correction import REASONS, Reason
+from mace.tools.beside import Beside
 from mace.tools.following import Following
 from mace.tools.namespaces import open_namespace
 from mace.tools.ping import Ping, arguments, user_clock
@@ -95,6 +96,10 @@ def unfollowed():
     return Following(TaskTrace())
 
 
+def unprobed(netns_fd):
+    return Beside.of(netns_fd, CaptureConfig(), probes=False)
+
+
 # Lines -----------------------------------------------------------------------------------------------------
 
 
@@ -147,7 +152,9 @@ def run(netns_fd, *, stamps_shown=False, quiet=False):
     first.egress(START + 5_000, overhead=20_000)
     first.ingress(START + 90_000, overhead=9_000)
     second.egress(START + 100_005_000)
-    ping = Ping([], netns_fd, unfollowed(), user_clock=False, stamps_shown=stamps_shown, quiet=quiet)
+    ping = Ping(
+        [], netns_fd, unfollowed(), unprobed(netns_fd), user_clock=False, stamps_shown=stamps_shown, quiet=quiet
+    )
     session = MadeSession(
         ping,
         [
@@ -169,7 +176,7 @@ def test_lines_come_in_order_and_with_what_is_known(netns_fd, capsys):
     found, session = run(netns_fd)
     assert capsys.readouterr().out.splitlines() == [
         f"PING {HOST} ({HOST}) 56(84) bytes of data.",
-        f"64 bytes from {HOST}: icmp_seq=1 ttl=63 time=0.090 ms · host=61.1 nic=54.0 egress=20.0 ingress=8.9 µs buffer",
+        f"64 bytes from {HOST}: icmp_seq=1 ttl=63 time=0.090 ms · host≥61.1 nic=54.0 egress=20.0 ingress=8.9 µs buffer",
         f"64 bytes from {HOST}: icmp_seq=2 ttl=63 time=0.090 ms · not corrected · {REASONS[Reason.NO_RESPONSE]}",
         "",
         f"--- {HOST} ping statistics ---",
@@ -186,9 +193,15 @@ def test_lines_come_in_order_and_with_what_is_known(netns_fd, capsys):
         (2, "no_response"),
         (3, "no_reply"),
     ]
-    assert told["samples"][0]["host_rtt_ns"] == 61_100
+    assert told["samples"][0]["host_rtt_lower_bound_ns"] == 61_100
     assert told["not_understood"] == 1
-    assert found.statistics()["host_rtt_ns"] == {"count": 1, "min": 61_100, "median": None, "mean": None, "max": 61_100}
+    assert found.statistics()["host_rtt_lower_bound_ns"] == {
+        "count": 1,
+        "min": 61_100,
+        "median": None,
+        "mean": None,
+        "max": 61_100,
+    }
 
 
 def test_stamps_are_shown_with_option_d(netns_fd, capsys):
@@ -202,13 +215,13 @@ def test_json_output_has_no_lines(netns_fd, capsys):
 
 
 def test_a_ping_that_told_of_nothing_is_an_error(netns_fd):
-    ping = Ping([], netns_fd, unfollowed(), user_clock=False, stamps_shown=False, quiet=True)
+    ping = Ping([], netns_fd, unfollowed(), unprobed(netns_fd), user_clock=False, stamps_shown=False, quiet=True)
     with pytest.raises(UsageError, match="its output has no request"):
         ping.measure(MadeSession(ping, []), None)
 
 
 def test_what_the_reader_refuses_ends_the_run(netns_fd):
-    ping = Ping([], netns_fd, unfollowed(), user_clock=False, stamps_shown=False, quiet=True)
+    ping = Ping([], netns_fd, unfollowed(), unprobed(netns_fd), user_clock=False, stamps_shown=False, quiet=True)
     with pytest.raises(UsageError, match="has no time"):
         ping.measure(MadeSession(ping, [f"16 bytes from {HOST}: icmp_seq=1 ttl=63"]), None)
 
@@ -229,7 +242,7 @@ def late(netns_fd, *changes, gaps=()):
     path = Path()
     path.egress(START + 805_000, overhead=20_000)
     path.ingress(START + 890_000, overhead=9_000)
-    ping = Ping([], netns_fd, Following(trace), user_clock=False, stamps_shown=False, quiet=False)
+    ping = Ping([], netns_fd, Following(trace), unprobed(netns_fd), user_clock=False, stamps_shown=False, quiet=False)
     line = f"{printed_at(START + 950_000)} 64 bytes from {HOST}: icmp_seq=1 ttl=63 time=0.890 ms"
     settled = results(path, START + 5_000_000_000, netns_fd)
     return ping.measure(MadeSession(ping, [line, "", f"--- {HOST} ping statistics ---", settled]), None)
@@ -243,10 +256,10 @@ READ = [(810, TaskChange.SLEEPS), (891, TaskChange.WOKEN), (921, TaskChange.RUNS
 def test_a_line_says_how_long_ping_waited_for_a_cpu(netns_fd, capsys):
     found = late(netns_fd, *ASLEEP, *HELD_UP, *READ)
     line = capsys.readouterr().out.splitlines()[0]
-    assert line.endswith("host=861.1 nic=54.0 egress=20.0 ingress=8.9 µs buffer · waited for CPU 790.0 µs")
+    assert line.endswith("host≥861.1 nic=54.0 egress=20.0 ingress=8.9 µs buffer · waited for CPU 790.0 µs")
     (row,) = found.as_dict()["samples"]
     assert row["temporal_error_ns"] == 790_000
-    assert row["host_rtt_without_waiting_ns"] == row["host_rtt_ns"] - 790_000
+    assert row["host_rtt_lower_bound_without_waiting_ns"] == row["host_rtt_lower_bound_ns"] - 790_000
     assert row["waited_send_ns"] == 300_000 + 790_000
     assert row["waited_receive_ns"] == 30_000
     assert found.as_dict()["waiting"] == {
