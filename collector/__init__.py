@@ -39,7 +39,7 @@ class LiveSource:
 
 SOURCES: Final[dict[str, LiveSource]] = {
     "kmod": LiveSource(kmod_source.KmodSource.check, kmod_source.configured, in_kernel),
-    "ftrace": LiveSource(ftrace_source.FtraceSource.check, ftrace_source.configured, ftrace_source.choice),
     "bpf": LiveSource(bpf_source.BpfSource.check, bpf_source.configured, in_kernel, BpfDeviceFollower),
+    "ftrace": LiveSource(ftrace_source.FtraceSource.check, ftrace_source.configured, ftrace_source.choice),
 }
 """Live sources by name, in the order of `contracts.sources.LIVE`."""

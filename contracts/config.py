@@ -72,8 +72,9 @@ class CaptureConfig:
     )
     containers: tuple[str, ...] = _key(
         (),
-        "Record only packets at the devices of these containers (names or ids) and at the host's ends of their veth"
-        " pairs; they may start later. `ftrace` records everything and leaves out other containers' delays.",
+        "Record only packets of these containers (names or ids), which may start later: at their devices, and unless"
+        " `devices` names devices, at the host's bridges and outer devices on the way. `ftrace` records everything and"
+        " leaves out other containers' delays.",
     )
     netns: tuple[str, ...] = _key(
         (), "Record only packets in these namespaces (names in /run/netns or paths, at most 16); not `ftrace`."

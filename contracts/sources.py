@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from typing import Final
 
-LIVE: Final = ("kmod", "ftrace", "bpf")
-"""In the order in which `auto` tries them. BPF is last: for now it perturbs packets more than ftrace does."""
+LIVE: Final = ("kmod", "bpf", "ftrace")
+"""In the order in which `auto` tries them, the best first."""

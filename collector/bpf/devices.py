@@ -202,8 +202,10 @@ class _Watch:
         """Find the processes and the mounts of the namespaces."""
         found = self._mounts.scan()
         for namespace in self._by_inode.values():
-            place = found.get(namespace.inode, Found(namespace.inode))
-            self._changed |= self._names.renew(namespace, place)
+            # A namespace that the scan did not find keeps its name: an open file keeps it, or it is about to vanish
+            # and its last packets are still to be passed on.
+            if (place := found.get(namespace.inode)) is not None:
+                self._changed |= self._names.renew(namespace, place)
         self._scan_at_s = time.monotonic() + self._rescan_interval_s
 
     def _look_at_host(self) -> None:

@@ -11,10 +11,13 @@ import errno
 import os
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Final
 
+from collector.bpf import refusal
 from contracts.errors import Unavailable
 
+BTF: Final = Path("/sys/kernel/btf/vmlinux")
 _NAME: Final = "libbpf.so.1"
 _VOID = ctypes.c_void_p
 _INT = ctypes.c_int
@@ -37,6 +40,7 @@ _CALLS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "bpf_link__destroy": (_INT, (_VOID,)),
     "bpf_map__fd": (_INT, (_VOID,)),
     "bpf_map__name": (ctypes.c_char_p, (_VOID,)),
+    "bpf_map__reuse_fd": (_INT, (_VOID, _INT)),
     "bpf_map__set_autocreate": (_INT, (_VOID, ctypes.c_bool)),
     "bpf_map__set_max_entries": (_INT, (_VOID, _U32)),
     "bpf_map__set_inner_map_fd": (_INT, (_VOID, _INT)),
@@ -216,11 +220,21 @@ def run(program_fd: int, argument: int) -> int:
 
 
 class Btf:
-    """The type information (BTF) of the running kernel. The constructor raises `OSError` if it cannot be read."""
+    """The type information (BTF) of the running kernel.
+
+    The constructor raises `Unavailable` if libbpf is missing, or the kernel's BTF is missing or unreadable.
+    """
 
     def __init__(self) -> None:
         self._library = library()
-        self._btf = pointer(self._library.btf__load_vmlinux_btf())
+        if not BTF.exists():
+            raise Unavailable(
+                "bpf", f"this kernel has no BTF: {BTF} does not exist", "a kernel with CONFIG_DEBUG_INFO_BTF"
+            )
+        try:
+            self._btf = pointer(self._library.btf__load_vmlinux_btf())
+        except OSError as error:
+            raise Unavailable("bpf", f"{BTF} cannot be read: {error.strerror}", refusal.RIGHTS) from error
 
     def close(self) -> None:
         """Free the type information."""

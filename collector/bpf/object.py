@@ -30,7 +30,7 @@ _OTHER_VERSION: Final = "they belong to another version of MACE; rebuild them: `
 
 
 def has_functions(*names: str) -> bool:
-    """Return whether the running kernel has these functions for programs; raises `OSError` without its BTF."""
+    """Return whether the running kernel has these functions for programs; raises `Unavailable` without its BTF."""
     btf = Btf()
     try:
         return all(btf.has_function(name) for name in names)
@@ -41,17 +41,18 @@ def has_functions(*names: str) -> bool:
 class BpfObject:
     """An opened object file, whose programs and maps are addressed by name.
 
-    On a kernel before Linux 6.2 it is the file `OLD_OBJECT` in the folder of `path`, else the file at `path`.
+    On a kernel before Linux 6.2 it is the file `OLD_OBJECT` in the folder of `path`, else the file at `path`; `old`
+    spares the look at the kernel.
 
     The constructor raises `Unavailable` if the file is missing or no BPF object. A name that the object lacks raises
     `SourceError`, because the file then belongs to another version of MACE.
     """
 
-    def __init__(self, path: Path = OBJECT) -> None:
+    def __init__(self, path: Path = OBJECT, *, old: bool | None = None) -> None:
         self._library = library()
         self._object = 0
         self._selected: tuple[str, ...] = ()
-        self.old: Final = not has_functions("bpf_rdonly_cast")
+        self.old: Final = not has_functions("bpf_rdonly_cast") if old is None else old
         """Whether this is the object for kernels before Linux 6.2."""
         if self.old:
             path = path.with_name(OLD_OBJECT.name)
@@ -89,6 +90,12 @@ class BpfObject:
             self.map(name)
         for one in self._all(self._library.bpf_object__next_map):
             check(self._library.bpf_map__set_autocreate(one, self._library.bpf_map__name(one).decode() in maps))
+
+    def share_maps(self, other: BpfObject) -> None:
+        """Let `load` create no map, but use those of `other`: the same file, loaded. Raises `OSError`."""
+        for one in self._all(self._library.bpf_object__next_map):
+            name = self._library.bpf_map__name(one).decode()
+            check(self._library.bpf_map__reuse_fd(one, other.map_fd(name)))
 
     def _all(self, following: Any) -> Iterator[int]:
         one = following(self._object, None)

@@ -12,6 +12,7 @@ import mmap
 import os
 import secrets
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -32,7 +33,6 @@ from contracts.hooks import BY_HOOK, TRACEPOINTS, Hook
 
 _LOG = logging.getLogger(__name__)
 
-BTF: Final = Path("/sys/kernel/btf/vmlinux")
 STATS: Final = Path("/proc/sys/kernel/bpf_stats_enabled")
 STATS_RIGHTS: Final = "CAP_SYS_ADMIN, or `sysctl kernel.bpf_stats_enabled=1`"
 _WHAT: Final = "bpf"
@@ -78,12 +78,7 @@ def _refusal_of_functions(btf: libbpf.Btf) -> str:
 @contextmanager
 def _btf() -> Iterator[libbpf.Btf]:
     """Open the kernel's type information; raises `Unavailable`."""
-    if not BTF.exists():
-        raise Unavailable(_WHAT, f"this kernel has no BTF: {BTF} does not exist", "a kernel with CONFIG_DEBUG_INFO_BTF")
-    try:
-        btf = libbpf.Btf()
-    except OSError as error:
-        raise Unavailable(_WHAT, f"{BTF} cannot be read: {error.strerror}", refusal.RIGHTS) from error
+    btf = libbpf.Btf()
     try:
         yield btf
     finally:
@@ -91,7 +86,7 @@ def _btf() -> Iterator[libbpf.Btf]:
 
 
 def reads_pages() -> bool:
-    """Return whether this kernel lets the programs read payload in a buffer's pages; raises `OSError`."""
+    """Return whether this kernel lets the programs read payload in a buffer's pages; raises `Unavailable`."""
     # The second function exists since Linux 6.4, at first for other kinds of programs.
     return has_functions("bpf_rdonly_cast", "bpf_dynptr_from_skb") and kernel_version() >= (6, 12)
 
@@ -134,6 +129,11 @@ class Session:
                 "`--source ftrace`",
             )
         self._object = BpfObject(path)
+        """Its maps are those of all programs."""
+        self._parts: list[BpfObject] = []
+        """The same file, opened once for each thread that loads some of the programs."""
+        self._loaded: dict[str, BpfObject] = {}
+        """The part that has a program, by the program's name."""
         self.maps_rings: Final = not self._object.old
         """Whether rings are mapped arrays (`ring.MappedRing`), else BPF ring buffers (`ring.BufferRing`)."""
         try:
@@ -160,19 +160,21 @@ class Session:
         if self._state_memory is not None:
             self._state_memory.close()
             self._state_memory = None
-        self._object.close()
+        self._unload()
 
     # --- loading --------------------------------------------------------------------------------
 
     def _load(self, path: Path, wanted: SessionFilter, wake_every: int, cookies: bool) -> None:
         """Load the programs. If the kernel refuses them with those of `Hook.IP_RCV`, load the others alone."""
         try:
+            self._object.select(())
             self._prepare(wanted, wake_every, cookies)
-            self._load_object()
+            self._create_maps()
+            self._load_programs(path)
         except Unavailable as error:
             if not self._has_others():
                 raise
-            self._object.close()
+            self._unload()
             self._object = BpfObject(path)
             del self.programs[Hook.IP_RCV]
             self._load(path, wanted, wake_every, cookies)
@@ -193,7 +195,6 @@ class Session:
         return [*names, *([noting] if Hook.IP_RCV in self.programs and noting not in names else [])]
 
     def _prepare(self, wanted: SessionFilter, wake_every: int, cookies: bool) -> None:
-        self._object.select(self._names())
         check(self._library.bpf_map__set_max_entries(self._object.map("mace_rings"), self.possible_cpus))
         config = self._object.memory_of(".rodata", CONFIG)
         config["skb_key"] = np.frombuffer(secrets.token_bytes(16), np.uint64)
@@ -207,7 +208,7 @@ class Session:
             config["l4_protos"][protocol // 64] |= np.uint64(1 << protocol % 64)
         config["l4_filtered"] = bool(wanted.l4_protocols)
 
-    def _load_object(self) -> None:
+    def _create_maps(self) -> None:
         # The verifier and the array of rings need a ring of the right size.
         pattern = self._make_ring()
         try:
@@ -215,6 +216,28 @@ class Session:
             self._object.load()
         finally:
             os.close(pattern)
+
+    def _load_programs(self, path: Path) -> None:
+        """Load the programs in as many threads as CPUs may run: most of the time is the verifier's.
+
+        With CAP_BPF the kernel verifies several programs at once.
+        """
+        names = self._names()
+        cpus = min(len(os.sched_getaffinity(0)), len(names))
+        for share in (names[i::cpus] for i in range(cpus)):
+            part = BpfObject(path, old=self._object.old)
+            self._parts.append(part)
+            part.select(share)
+            part.share_maps(self._object)
+            self._loaded |= dict.fromkeys(share, part)
+        with ThreadPoolExecutor(len(self._parts)) as threads:
+            list(threads.map(BpfObject.load, self._parts))
+
+    def _unload(self) -> None:
+        """Unload the programs and free the maps."""
+        parts, self._parts, self._loaded = self._parts, [], {}
+        for part in (*parts, self._object):
+            part.close()
 
     def _map_loaded(self) -> None:
         counts = self._object.map("mace_cpus")
@@ -225,7 +248,9 @@ class Session:
         state = self._object.map_fd(".bss")
         self._state_memory = mmap.mmap(state, STATE.itemsize, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self._state = np.frombuffer(self._state_memory, STATE).reshape(())
-        self._fds = {hook: [self._object.program_fd(name) for name in names] for hook, names in self.programs.items()}
+        self._fds = {
+            hook: [self._loaded[name].program_fd(name) for name in names] for hook, names in self.programs.items()
+        }
 
     # --- recording ------------------------------------------------------------------------------
 
@@ -280,7 +305,7 @@ class Session:
         for name in names:
             if name not in self._links:
                 try:
-                    self._links[name] = pointer(self._library.bpf_program__attach(self._object.program(name)))
+                    self._links[name] = pointer(self._library.bpf_program__attach(self._loaded[name].program(name)))
                 except OSError as error:
                     raise refusal.of_attaching(name, error) from error
 

@@ -26,6 +26,9 @@ class SessionFilter:
     """Network namespaces: paths, open file descriptors, or None for the opener's. At most 16."""
     devices: tuple[str, ...] = ()
     """Names of devices in the host's network namespace, at most 16."""
+    path: bool = False
+    """Whether the places of `containers` include the bridges and the outer devices on their packets' path, where the
+    host's other packets are recorded too."""
     l4_protocols: tuple[int, ...] = ()
     """IP protocol numbers, 0 to 255; 0 also passes packets that are not IP."""
     sample_shift: int = 0
@@ -53,13 +56,14 @@ class SessionFilter:
 def wanted(config: CaptureConfig) -> SessionFilter:
     """Make the filter that `[capture]` describes; raises `ConfigError` for an unknown protocol or a value out of range.
 
-    Namespaces are given by name or path.
+    Namespaces are given by name or path. The whole path of the containers is recorded, unless devices are named.
     """
     try:
         return SessionFilter(
             containers=config.containers,
             netns=tuple(map(path_of, config.netns)),
             devices=config.devices,
+            path=_with_path(config),
             l4_protocols=tuple(map(_protocol, config.protocols)),
             sample_shift=config.sample_shift,
         )
@@ -81,7 +85,8 @@ def in_kernel(config: CaptureConfig) -> Choice:
     """Return the choice of a source that selects in the kernel all that `[capture]` names. Raises as `wanted`."""
     wanted(config)
     said = told(config)
-    return Choice(f"{said}, chosen in the kernel" if said else "")
+    path = " and the bridges and outer devices on the way" if _with_path(config) else ""
+    return Choice(f"{said}{path}, chosen in the kernel" if said else "")
 
 
 def unfiltered(config: CaptureConfig) -> CaptureConfig:
@@ -103,6 +108,10 @@ def told(config: CaptureConfig) -> str:
     packets = f"one packet in {1 << config.sample_shift}" if config.sample_shift else "packets"
     said = " ".join(filter(None, ["only", packets, *conditions]))
     return said if said != "only packets" else ""
+
+
+def _with_path(config: CaptureConfig) -> bool:
+    return bool(config.containers) and not config.devices
 
 
 def _protocol(name: str) -> int:

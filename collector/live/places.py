@@ -1,6 +1,7 @@
 """Finds the places that a filter names: containers, namespaces and devices become numbers that the kernel knows.
 
-    container web ──► its network namespace, and the host's end of each of its veth pairs
+    container web ──► its network namespace, and the host's end of each of its veth pairs;
+                      if the filter has `path`, the bridges of these ends and the outer devices too
     namespace blue ──► itself
     device eth1 ──► (the host's namespace, ifindex)
 
@@ -78,16 +79,18 @@ class PlaceFinder:
         """
         found = {name: self._of_container(name, devices) for name in self._wanted.containers}
         self._report(found, devices, on_host_network)
-        netns, ends = list(self._netns), []
+        netns, ends = list(self._netns), list[tuple[int, int]]()
         for device in devices:
             if device.netns == self._host_netns and device.name in self._wanted.devices:
                 ends.append((self._number(device), device.ifindex))
+        if self._wanted.path and any(found.values()):
+            # Before the containers' ends: without an outer device no container has an overhead.
+            ends += [(self._number(device), device.ifindex) for device in devices if device.role is Role.OUTER]
         left_out = []
         for device in (device for of_name in found.values() for device in of_name):
             if (number := self._number(device)) not in netns:
                 netns.append(number)
-            if device.kind in _PAIRED and device.peer_netns == self._host_netns and device.peer_ifindex:
-                ends.append((self._number_of(self._host_netns, devices), device.peer_ifindex))
+            ends += [end for end in self._on_host(device, devices) if end not in ends]
             if len(netns) > abi.MAX_NETNS or len(ends) > abi.MAX_DEVICES:
                 left_out.append(device.container)
         self._warn_of(frozenset(left_out))
@@ -99,6 +102,15 @@ class PlaceFinder:
         chosen = [d for d in devices if d.role is Role.INNER and (is_called(name, d) or d.container_id in ids)]
         ids.update(device.container_id for device in chosen if device.container_id)
         return chosen
+
+    def _on_host(self, device: Device, devices: Sequence[Device]) -> list[tuple[int, int]]:
+        """Return the places on the host of a container's device: its peer, and with `path` the peer's bridge."""
+        if device.kind not in _PAIRED or device.peer_netns != self._host_netns or not device.peer_ifindex:
+            return []
+        peer = next((d for d in devices if d.key == (device.peer_netns, device.peer_ifindex)), None)
+        bridge = peer.master_ifindex if peer is not None and self._wanted.path else 0
+        host = self._number_of(self._host_netns, devices)
+        return [(host, ifindex) for ifindex in (device.peer_ifindex, bridge) if ifindex]
 
     def _number(self, device: Device) -> int:
         return device.netns_cookie if self._by_cookie else device.netns

@@ -37,11 +37,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: Options, console: Console) -> int:
     """Measure the cost in a test network, keep it, and print it."""
     from mace.commands import settings
-    from mace.live.pipeline import chosen_source
+    from mace.live.first import name_of
     from mace.tools import tracer_cost
 
     configured = settings.configured(options.config, capture=options.capture)
-    source, _ = chosen_source(configured.capture)
+    source = name_of(configured.capture)
     # Each round opens the source anew; one line each would say nothing.
     session = settings.session(configured, JSON, console)
     said = settings.session(configured, options.format, console)

@@ -108,7 +108,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: Options, console: Console) -> int:
     """Measure the repetitions that are missing, and print the figures of all that are finished."""
     from mace.commands import settings
-    from mace.live import pipeline
+    from mace.live import first
     from mace.trials.experiment import figures, load, results
     from mace.trials.rounds import machine
 
@@ -116,7 +116,7 @@ def run(options: Options, console: Console) -> int:
     configured = settings.configured(options.config, capture=options.capture)
     _plan(options, "")  # refuses what is impossible before anything is looked for
     load.check(options.load)
-    source, _ = pipeline.chosen_source(configured.capture)
+    source = first.name_of(configured.capture)
     plan, facts = _plan(options, source), machine()
     with results.opened(options.results, plan.settings(facts), facts) as found:
         for remark in found.remarks:

@@ -158,16 +158,18 @@ def with_filter(parser: argparse.ArgumentParser) -> None:
     """Add the fields of `FilterOptions`."""
     group = parser.add_argument_group(
         "which packets to record",
-        "The sources kmod and bpf choose in the kernel. Without --container and --device they record at every device.",
+        "The sources kmod and bpf choose in the kernel. Without --container and --device they record at every device."
+        " --container records the whole path of its packets, and with it other packets at the host's bridges and outer"
+        " devices; beside --device it records at the container's own devices and at those that --device names.",
     )
     _with_names(
         group,
         "--container",
         "containers",
         "NAME",
-        "packets at the devices of these containers (name or id), which may start later",
+        "packets of these containers (name or id), which may start later",
     )
-    _with_names(group, "--device", "devices", "NAME", "packets at these devices of the host; with --container, at both")
+    _with_names(group, "--device", "devices", "NAME", "packets at these devices of the host")
     _with_names(group, "--protocol", "protocols", "NAME", "packets of these IP protocols (tcp, udp, icmp, or a number)")
     group.add_argument(
         "--sample",

@@ -49,12 +49,12 @@ def run(options: Options, console: Console) -> int:
     if not 1 <= options.packets <= 20_000:
         raise UsageError(f"--packets {options.packets}: expected 1 to 20000")
     from mace.commands import settings
-    from mace.live import pipeline
+    from mace.live import first
     from mace.trials.verify import verdict
     from mace.trials.verify.scenarios import BY_NAME
 
     configured = settings.configured(options.config, capture=CaptureOptions(options.source, None))
-    source, _ = pipeline.chosen_source(configured.capture)
+    source = first.name_of(configured.capture)
     configured = replace(configured, capture=replace(configured.capture, source=source))
     verdicts = []
     for scenario in (BY_NAME[name] for name in options.scenarios or SCENARIOS):

@@ -20,14 +20,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from collector import SOURCES
-from collector.live.filter import Choice
-from collector.machine.containers import API_SOCKETS
 from contracts.channel import Channel, ClosedError
-from contracts.config import CaptureConfig, StoreConfig
+from contracts.config import StoreConfig
 from contracts.cpus import CpuReadings
-from contracts.errors import MaceError, SourceError, Unavailable
-from contracts.interfaces import Progress, Sink, Source, Status, StreamHeader, StreamItem, StreamSink
+from contracts.errors import MaceError, SourceError
+from contracts.interfaces import Progress, Sink, Source, StreamHeader, StreamItem, StreamSink
 from contracts.results import Results
 from contracts.vitals import Vitals
 from correlator.engine import Engine, EngineConfig
@@ -230,58 +227,6 @@ async def stopped_by_signals(stop: Stop) -> AsyncIterator[None]:
             # asyncio restores the default handler, with which SIGTERM would end the program before it removes its lab.
             loop.remove_signal_handler(number)
             signal.signal(number, handler)
-
-
-def chosen_source(config: CaptureConfig, *, raw: bool = False) -> tuple[str, str]:
-    """Return the name of the live source to use, and for `auto` why better ones cannot run ("" if none is better).
-
-    `raw`: the raw stream is kept, so that its packets have to be chosen in the kernel.
-    """
-    if config.source != "auto":
-        return config.source, ""
-    why_not: list[str] = []
-    for name, source in SOURCES.items():
-        status = source.check()
-        if status.ok:
-            try:
-                choice_of(config, name, raw=raw)
-            except Unavailable as error:
-                status = Status(False, error.why)
-            else:
-                return name, "; ".join(why_not)
-        why_not.append(f"not {name}: {status.detail}" + (f" ({status.remedy})" if status.remedy else ""))
-    # No source can run. ftrace needs least; opening it raises the error that says what is missing.
-    return "ftrace", "; ".join(why_not)
-
-
-def choice_of(config: CaptureConfig, name: str, *, raw: bool = False) -> Choice:
-    """Return which packets the live source `name` chooses where; `raw` as in `chosen_source`.
-
-    Raises `Unavailable` if the source cannot choose them, `ConfigError` for an unknown protocol.
-    """
-    choice = SOURCES[name].choice(config)
-    if raw and choice.after_reading:
-        raise Unavailable(
-            name,
-            f"{name} records every packet, so that a recording cannot be limited to containers",
-            "--source bpf, or kmod; or leave out --container, and choose with `mace report --container`",
-        )
-    return choice
-
-
-def live_source(config: CaptureConfig, host: str = "") -> Source:
-    """Return the configured live source, which follows this machine's devices.
-
-    `host` is the stream's host name; "" is the machine's own name.
-    """
-    name, _ = chosen_source(config)
-    devices = SOURCES[name].follow(
-        host_netns=config.host_netns or None,
-        outer=config.outer,
-        remote_netns=config.remote_netns,
-        docker_sockets=(*API_SOCKETS, *config.container_sockets),
-    )
-    return SOURCES[name].make(config, devices, host)
 
 
 def embedded_store(

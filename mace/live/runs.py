@@ -20,15 +20,15 @@ from collector.live.filter import unfiltered
 from contracts.config import Config
 from contracts.cpus import CpuReadings
 from contracts.figures import Summary
-from contracts.interfaces import Sink, Source, StreamHeader, StreamItem, StreamSink
+from contracts.interfaces import Sink, StreamHeader, StreamItem, StreamSink
 from contracts.records import Batch
 from contracts.results import Results
 from contracts.schema import RoundTrips
 from contracts.vitals import Account, Publishing, Vitals
 from correlator import configured
 from mace.live import pipeline
-from mace.live.chosen import chooser
 from mace.live.cpu_readings import cpu_readings
+from mace.live.first import FirstThatOpens
 from mace.live.pipeline import Stop
 from storage import SINKS, wanted_sinks
 from storage.shared import Alone
@@ -59,7 +59,7 @@ async def measure(
     `tee` also gets the raw stream; `publishing` returns its state if it publishes to a broker. `on_results` is called
     with each result and with the figures so far, the same `Summary` that is returned at the end.
     """
-    source, chosen, only = live_source(config, raw=tee is not None)
+    source = live_source(config, raw=tee is not None)
     summary, vitals, opened = Summary(), Vitals(publishing=publishing), asyncio.Event()
 
     def take(results: Results) -> None:
@@ -68,7 +68,7 @@ async def measure(
 
     def begin(header: StreamHeader) -> None:
         summary.observed(header.hooks)
-        on_open(header, chosen)
+        on_open(header, source.told)
         opened.set()
 
     async with cpu_readings(config.correlate) as cpus, _lasting(until, opened, stop):
@@ -81,7 +81,7 @@ async def measure(
             on_results=take,
             on_open=begin,
             vitals=vitals,
-            only=only,
+            only=lambda results: source.only(results),  # noqa: PLW0108 - known once open
         )
     summary.sinks = vitals.accounts
     return summary
@@ -101,11 +101,11 @@ async def observe(
     Nothing is stored. A delay over a whole path needs the records of all its devices, so the filter of `[capture]` is
     not applied. Returns the stream's header.
     """
-    source, chosen, _ = live_source(_unfiltered(config))
+    source = live_source(_unfiltered(config))
     opened = asyncio.Event()
 
     def begin(header: StreamHeader) -> None:
-        on_open(header, chosen)
+        on_open(header, source.told)
         opened.set()
 
     engine = replace(configured.live(config.correlate), crossings=True, rows=False, stages=False)
@@ -133,7 +133,7 @@ async def watch(config: Config, until: Until, on_item: Callable[[StreamItem], No
 
     The filter of `[capture]` is not applied, as in `observe`.
     """
-    source, _, _ = live_source(_unfiltered(config))
+    source = live_source(_unfiltered(config))
     opened = asyncio.Event()
 
     def look(item: StreamItem) -> None:
@@ -157,13 +157,13 @@ async def record(
 
     `on_open` is called with the chosen source and the reason, `on_lost` after each batch with the lost records so far.
     """
-    source, chosen, _ = live_source(config, raw=True)
+    source = live_source(config, raw=True)
     lost, opened = 0, asyncio.Event()
 
     def count(item: StreamItem) -> None:
         nonlocal lost
         if not opened.is_set():
-            on_open(chosen)
+            on_open(source.told)
             opened.set()
         if isinstance(item, Batch):
             lost += item.lost
@@ -227,17 +227,9 @@ def has_servers(config: Config) -> bool:
     return any(sink.wanted(config) for sink in SINKS.values())
 
 
-def live_source(config: Config, *, raw: bool = False) -> tuple[Source, str, Callable[[Results], Results]]:
-    """Return the live source, a text that names it with the reason for the choice, and what chooses among its results.
-
-    The text is to be printed when the source is open, so that an error of opening is printed alone. It also says which
-    packets are chosen where. `raw`: the caller keeps the raw stream. Raises as `pipeline.choice_of`.
-    """
-    name, why = pipeline.chosen_source(config.capture, raw=raw)
-    choice = pipeline.choice_of(config.capture, name, raw=raw)
-    source = pipeline.live_source(replace(config.capture, source=name), config.run.host)
-    text = f"source {name}" + (f" ({why})" if why else "") + (f"; {choice.told}" if choice.told else "")
-    return source, text, chooser(config.capture, after_reading=choice.after_reading)
+def live_source(config: Config, *, raw: bool = False) -> FirstThatOpens:
+    """Return the configured live source; `raw`: the caller keeps the raw stream."""
+    return FirstThatOpens(config.capture, config.run.host, raw=raw)
 
 
 def _unfiltered(config: Config) -> Config:

@@ -30,7 +30,7 @@ from contracts.interfaces import StreamHeader
 from contracts.ledger import Ledger
 from contracts.recent import Recent
 from contracts.results import Results
-from mace.live import pipeline, runs
+from mace.live import first, runs
 from mace.live.keeping import KeptStream
 from mace.live.pipeline import Stop
 from mace.live.runs import Until
@@ -61,10 +61,9 @@ class Watched:
         rows = replace(config.correlate, rows=True)
         self._config = replace(config, sinks=SinksConfig(), correlate=rows)
         self._until = until
-        name, _ = pipeline.chosen_source(config.capture)
-        self._source = name
+        self._source = name = first.name_of(config.capture)
         # What may be written to a file has to be chosen in the kernel, as for `mace record`.
-        choice = pipeline.choice_of(config.capture, name)
+        choice = first.choice_of(config.capture, name)
         self._kept = None if choice.after_reading else KeptStream()
         self._lag_ns = _SLACK_NS + config.correlate.timeout_ms * 1_000_000
         self._lock = threading.Lock()

@@ -10,7 +10,7 @@ from contracts.config import CaptureConfig
 from contracts.schema import HookCost
 from correlator.correction import Corrections
 from correlator.samples import Samples
-from mace.live.pipeline import chosen_source
+from mace.live.first import name_of
 from mace.tools.corrected import Corrected
 from mace.tools.host_probes import HostProbes
 from mace.tools.host_rtt import Cost, ToolTimes, added_ns
@@ -38,8 +38,7 @@ class Beside:
         if not probes:
             beside.why_not = "--no-probes"
             return cls(beside)
-        source, _ = chosen_source(capture)
-        return cls(beside, *kept(source))
+        return cls(beside, *kept(name_of(capture)))
 
     def added_ns(self, samples: Samples, corrections: Corrections, costs: Sequence[HookCost]) -> float | None:
         """Return what turns the lower bound of further samples into the host RTT, ns; None if that is not known yet.

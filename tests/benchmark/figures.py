@@ -83,8 +83,8 @@ def flood(lab: Lab, seconds: float) -> int:
 def recorded_flood(target: Path, seconds: float) -> None:
     """Return a capture of such a flood, mixed with pings and TCP."""
     with running(Spec(name="bench", containers=2)) as lab:
-        argv = [*MACE, "record", "--lab", "bench", "-o", str(target), "--ring-mib", "64", "--json"]
-        record = subprocess.Popen([*argv, "--duration", str(seconds + 2)], stdout=subprocess.PIPE, cwd=ROOT)
+        argv = [*MACE, "record", "--source", "ftrace", "--lab", "bench", "-o", str(target), "--ring-mib", "64"]
+        record = subprocess.Popen([*argv, "--json", "--duration", str(seconds + 2)], stdout=subprocess.PIPE, cwd=ROOT)
         pings = lab.start_ping("c1", count=int(seconds * 100))
         flood(lab, seconds)
         lab.tcp("c2", size=50_000_000)

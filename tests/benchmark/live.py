@@ -107,7 +107,7 @@ def soak() -> list[dict[str, Any]]:
     with (
         folder() as place,
         running(Spec(name="soak", containers=2)) as lab,
-        _measured("soak", place / "store") as run,
+        _measured("soak", place / "store", "--source", "ftrace") as run,
     ):
         flows = _paced(lab, SOAK_S)
         begin, samples = time.monotonic(), []
@@ -137,7 +137,8 @@ def dead_database() -> list[dict[str, Any]]:
         try:
             config = place / "mace.toml"
             config.write_text(f'[sinks.influxdb]\nspool = "{place}/spool"\nspool_mib = 4096\nclose_s = 120\n')
-            with _measured("dead", place / "store", "--influxdb", server.url, "--config", str(config)) as run:
+            options = ("--source", "ftrace", "--influxdb", server.url, "--config", str(config))
+            with _measured("dead", place / "store", *options) as run:
                 flows = _paced(lab, DEAD_S)
                 time.sleep(DEAD_S / 12)
                 server.kill()
@@ -166,7 +167,7 @@ def visibility() -> list[dict[str, Any]]:
     with (
         folder() as place,
         running(Spec(name="seen")) as lab,
-        _measured("seen", place / "store") as run,
+        _measured("seen", place / "store", "--source", "ftrace") as run,
     ):
         store = StoreReader(place / "store")
         for probe in range(PROBES):

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from collector.bpf import session
+from collector.bpf import libbpf, session
 from collector.bpf.libbpf import Btf, library
-from collector.bpf.object import OBJECT, OLD_OBJECT
+from collector.bpf.object import OBJECT, OLD_OBJECT, BpfObject
 from collector.bpf.ring import BufferRing, MappedRing, Wakes, lost_before
 from collector.bpf.source import BpfConfig, BpfSource
 from collector.ftrace.source import FtraceConfig, FtraceSource
@@ -379,7 +379,7 @@ def test_attached_and_detached_a_thousand_times_under_a_flood():
 
 
 def test_without_btf(monkeypatch, tmp_path):
-    monkeypatch.setattr(session, "BTF", tmp_path / "vmlinux")
+    monkeypatch.setattr(libbpf, "BTF", tmp_path / "vmlinux")
     status = BpfSource.check()
     assert not status.ok
     assert status.detail.startswith("this kernel has no BTF")
@@ -513,7 +513,7 @@ def test_the_other_programs_run_where_those_on_functions_cannot_be_attached(monk
     monkeypatch.setattr(session, "programs", lambda: (dict(chosen), ""))
     one = session.Session(SessionFilter(), ring_bytes=4096, wake_every=1, cookies=False)
     with contextlib.closing(one):
-        monkeypatch.setattr(one, "_library", RefusesToAttach(one._object.program(stand_ins[1])))
+        monkeypatch.setattr(one, "_library", RefusesToAttach(one._loaded[stand_ins[1]].program(stand_ins[1])))
         one.attach()
         assert one.programs == {Hook.NETIF_RX: ("netif_rx",)}
         assert one.runs().keys() == {Hook.NETIF_RX}
@@ -527,7 +527,7 @@ def test_the_other_programs_run_where_those_on_functions_cannot_be_attached(monk
     del chosen[Hook.NETIF_RX]
     alone = session.Session(SessionFilter(), ring_bytes=4096, wake_every=1, cookies=False)
     with contextlib.closing(alone):
-        monkeypatch.setattr(alone, "_library", RefusesToAttach(alone._object.program(stand_ins[1])))
+        monkeypatch.setattr(alone, "_library", RefusesToAttach(alone._loaded[stand_ins[1]].program(stand_ins[1])))
         with pytest.raises(Unavailable, match="napi_gro_receive_entry cannot be attached"):
             alone.attach()
 
@@ -575,6 +575,22 @@ def test_without_rights(kept, missing):
     assert "CAP_BPF and CAP_PERFMON" in remedy
     assert done.stdout.count("\n") == 1
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("cpus", [1, 3, 64])
+def test_each_program_is_loaded_once_by_as_many_threads_as_cpus(monkeypatch, cpus):
+    shares = []
+    select = BpfObject.select
+    monkeypatch.setattr(session.os, "sched_getaffinity", lambda _: range(cpus))
+    monkeypatch.setattr(BpfObject, "select", lambda self, names: shares.append(names) or select(self, names))
+    with closing(session.Session(SessionFilter(), ring_bytes=4096, wake_every=1, cookies=False)) as one:
+        of_maps, *parts = shares
+        assert not of_maps
+        programs = sorted(name for names in one.programs.values() for name in names)
+        assert len(parts) == min(cpus, len(programs))
+        assert sorted(name for part in parts for name in part) == programs
+        one.attach()
+        assert one.attached == len(programs)
 
 
 def test_a_ring_that_is_too_large():

@@ -19,7 +19,7 @@ COUNT = 200
 ROUNDS = 11
 SHOWN = re.compile(
     r"icmp_seq=(\d+) ttl=\d+ time=([0-9.]+) ms"
-    r" · host≥([0-9.,-]+) nic=([0-9.,]+) egress=([0-9.,]+) ingress=([0-9.,]+) µs buffer$"
+    r" · host≥([0-9.,-]+) nic=([0-9.,]+) egress=([0-9.,]+) ingress=([0-9.,]+) µs (?:buffer|exact)$"
 )
 
 

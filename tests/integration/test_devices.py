@@ -560,6 +560,27 @@ def test_a_namespace_that_only_an_open_file_keeps(machine: Machine) -> None:
     asyncio.run(_held_by_a_file(machine))
 
 
+async def _unmounted(machine: Machine) -> None:
+    machine.add("host", "c")
+    machine.veth("host", "v0", "c", "eth0")
+    inode, name = machine.inode("c"), machine.name("c")
+    async with following(machine, host_netns=machine.name("host")) as seen:
+        await seen.until(lambda: seen.get("c", "eth0"))
+        with Path(f"/run/netns/{name}").open("rb"):  # noqa: ASYNC230 - a file in memory
+            machine.delete("c")
+            machine.add("later")
+            machine.veth("host", "v1", "later", "eth0")
+            # The look at the mounts that finds this name has missed the other.
+            await seen.until(lambda: (device := seen.get("later", "eth0")) and device.container)
+            assert [d.container for d in seen.all if d.netns == inode and d.name == "eth0"] == [name]
+
+
+@pytest.mark.slow
+def test_a_namespace_keeps_its_name_until_it_vanishes(machine: Machine) -> None:
+    """Packets may still be under way to its devices, and belong to its container."""
+    asyncio.run(_unmounted(machine))
+
+
 class Witness:
     """Reports whether a veth's other end exists, independently of the follower and its open files."""
 

@@ -20,6 +20,10 @@ pytestmark = pytest.mark.needs("root", "tracefs", "netns")
 TRACEFS = Path("/sys/kernel/tracing/instances")
 
 
+FTRACE = ("--source", "ftrace")
+"""The source that a killed process leaves something of, and by whose instance a test sees that it has begun."""
+
+
 def instances(pid):
     return [path.name for path in TRACEFS.glob(f"mace-{pid}-*")]
 
@@ -80,10 +84,28 @@ def test_without_tracefs():
 
 
 @pytest.mark.slow
+@pytest.mark.needs("bpf")
+def test_auto_takes_bpf_and_where_it_cannot_run_ftrace():
+    """The module is not loaded here. The second run's mount namespace hides the kernel's BTF."""
+    argv = [*MACE, "run", "--no-store", "--duration", "0.2"]
+    hiding = ["unshare", "--mount", "sh", "-ec", 'mount -t tmpfs none /sys/kernel/btf; exec "$@"', "sh"]
+    said = []
+    for prefix in ([], hiding):
+        done = subprocess.run([*prefix, *argv], capture_output=True, text=True, check=False, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        said.append(" ".join(done.stderr.split()))
+    assert "source bpf (not kmod: /dev/mace does not exist: the module is not loaded" in said[0]
+    assert "not bpf" not in said[0]
+    assert "source ftrace (not kmod: /dev/mace does not exist: the module is not loaded" in said[1]
+    assert "; not bpf: this kernel has no BTF: /sys/kernel/btf/vmlinux does not exist (a kernel with" in said[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_a_run_in_order(tmp_path, number):
     with running(Spec(name="sig")) as lab:
-        run = start("run", "--lab", "sig", "--store", tmp_path / "s", "--record", tmp_path / "f.mace", "--json")
+        to = ("--store", tmp_path / "s", "--record", tmp_path / "f.mace")
+        run = start("run", *FTRACE, "--lab", "sig", *to, "--json")
         wait_for(lambda: instances(run.pid), what="the trace instance")
         lab.ping("c1", count=50)
         run.send_signal(number)
@@ -104,7 +126,7 @@ def test_a_kill_loses_no_acknowledged_row_and_the_next_start_cleans_up(tmp_path)
         traffic = lab.start_udp("c1", count=10_000_000, rate_pps=3_000, duration_s=200)
         for turn in range(8):
             store, file = tmp_path / f"s{turn}", tmp_path / f"f{turn}.mace"
-            run = start("run", "--lab", "axe", "--store", store, "--record", file, "--json")
+            run = start("run", *FTRACE, "--lab", "axe", "--store", store, "--record", file, "--json")
             wait_for(lambda run=run: instances(run.pid), what="the trace instance")
             time.sleep(dice.uniform(0.0, 3.0))
             run.kill()
@@ -115,7 +137,7 @@ def test_a_kill_loses_no_acknowledged_row_and_the_next_start_cleans_up(tmp_path)
                     assert all(item is not None for item in capture)
             if (store / "store.json").exists():
                 json.loads(mace("report", "--store", store, "--json").stdout)
-            following = mace("run", "--lab", "axe", "--no-store", "--duration", "0.3", "--json")
+            following = mace("run", *FTRACE, "--lab", "axe", "--no-store", "--duration", "0.3", "--json")
             assert json.loads(following.stdout)["ledger"]["records"] > 0
             assert not instances(run.pid)
         traffic.close()
@@ -157,7 +179,7 @@ def test_a_disk_that_fills_up(tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "mace-test", disk], check=True)
     try:
         with running(Spec(name="full")) as lab:
-            run = start("run", "--lab", "full", "--store", disk / "store", "--duration", "60", "--json")
+            run = start("run", *FTRACE, "--lab", "full", "--store", disk / "store", "--duration", "60", "--json")
             wait_for(lambda: instances(run.pid), what="the trace instance")
             # At this rate some flushes, a second apart, succeed before one fails.
             flow = lab.start_udp("c1", count=10_000_000, rate_pps=5_000, duration_s=40)
@@ -185,7 +207,7 @@ def test_a_recording_that_is_ended_or_killed_can_be_replayed(tmp_path):
     with running(Spec(name="tape")) as lab:
         for number in (signal.SIGKILL, signal.SIGTERM):
             file = tmp_path / f"{number}.mace"
-            run = start("record", "-o", file, "--lab", "tape", "--json")
+            run = start("record", *FTRACE, "-o", file, "--lab", "tape", "--json")
             wait_for(lambda file=file: file.exists() and file.stat().st_size > 0, what="the recording")
             assert killed is None or not instances(killed), "the next start removes what a kill left"
             lab.ping("c1", count=50)

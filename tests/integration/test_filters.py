@@ -23,7 +23,7 @@ from contracts.topology import Topology
 from mace.lab import Spec, capture_of, running
 from mace.live import runs
 from mace.live.pipeline import Stop
-from tests.measuring import balanced, query
+from tests.measuring import PATHS, balanced, query
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,6 +32,7 @@ pytestmark = [
 ]
 
 COUNT = 300
+SIZE = 99
 UDP = 17
 SENDER = """
     import socket, sys
@@ -224,13 +225,14 @@ def test_ftrace_chooses_devices_in_the_kernel():
 
 @pytest.mark.parametrize("source", ["bpf", pytest.param("ftrace", marks=pytest.mark.needs("tracefs"))])
 def test_a_run_stores_the_chosen_containers_rows_alone(tmp_path, source):
+    """Of the whole path, although only the container is named."""
     with running(Spec(name="flte", containers=2)) as lab:
-        capture = CaptureConfig(source=source, containers=("c1",), devices=(lab.outer_device,))
+        capture = CaptureConfig(source=source, containers=("c1",))
         config = replace(Config(), capture=capture_of(capture, lab))
 
         async def traffic():
             for member in ("c1", "c2"):
-                await asyncio.to_thread(lab.ping, member, count=COUNT, interval_s=0.005)
+                await asyncio.to_thread(lab.ping, member, count=COUNT, interval_s=0.005, size=SIZE)
 
         async def run():
             return await runs.measure(config, traffic, stop=Stop(), store=tmp_path)
@@ -242,3 +244,11 @@ def test_a_run_stores_the_chosen_containers_rows_alone(tmp_path, source):
     assert sorted(query(tmp_path, asked).fetchall()) == [("c1", "egress", COUNT), ("c1", "ingress", COUNT)]
     for table in ("delays", "windows"):
         assert query(tmp_path, f"SELECT DISTINCT container FROM {table}").fetchall() == [("c1",)]
+    # ftrace records the far end, too.
+    ends = "direction, devices[:4], devices[-4:], count(*)"
+    paths = query(tmp_path, f"SELECT {ends} FROM ({PATHS}) WHERE l3_len = {SIZE + 28} GROUP BY ALL")
+    egress, ingress = sorted(paths.fetchall())
+    tag = lab.outer_device[3:]
+    assert egress[1] == ["eth0", f"veth{tag}-c1", f"br{tag}", f"out{tag}"]
+    assert ingress[2] == egress[1][::-1]
+    assert egress[3] == ingress[3] == COUNT

@@ -41,16 +41,21 @@ def again(run, tmp_path_factory):
     return mace("replay", run.capture, "--store", store, "--json").stdout, store
 
 
+def of_the_stream(found):
+    """Return a live run's figures without what recording cost, which the source measures apart from the stream."""
+    return {name: value for name, value in found.items() if name != "cost"}
+
+
 @pytest.mark.slow
 def test_the_same_json(run, again):
-    assert json.loads(again[0]) == run.found
+    assert json.loads(again[0]) == of_the_stream(run.found)
     assert mace("replay", run.capture, "--json").stdout == again[0], "without a store"
 
 
 @pytest.mark.slow
 def test_the_same_report_from_either_store(run, again):
-    reports = [mace("report", "--store", store, "--json").stdout for store in (run.store, again[1])]
-    assert reports[0] == reports[1]
+    live, replayed = (json.loads(mace("report", "--store", store, "--json").stdout) for store in (run.store, again[1]))
+    assert replayed == of_the_stream(live)
 
 
 @pytest.mark.parametrize("table", ["delays", "windows"])

@@ -19,6 +19,7 @@ from contracts.topology import Device, Topology
 from correlator.engine import Engine, EngineConfig
 from correlator.feeder import Feeder
 from mace.live import pipeline
+from mace.live.first import FirstThatOpens
 from mace.live.pipeline import Stop
 
 BLOCK_RECORDS = 32
@@ -60,7 +61,7 @@ class Worked:
 def taken(config: Config, work: Callable[[], None]) -> CollectedStream:
     """Capture the configured source while `work` runs; returns the records from before its start to after its end."""
     stream, stop = CollectedStream(), Stop()
-    source = pipeline.live_source(config.capture)
+    source = FirstThatOpens(config.capture)
 
     async def measure() -> None:
         begun = asyncio.Event()

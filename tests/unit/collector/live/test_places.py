@@ -54,6 +54,41 @@ def test_a_container_is_its_namespace_and_the_hosts_end_of_its_veth(by_cookie):
     assert one.find(devices) == place(1, by_cookie)
 
 
+def test_a_containers_path_has_its_bridge_and_the_outer_devices():
+    web, web_peer = of_container(1, "web")
+    db, db_peer = of_container(2, "db")
+    other, other_peer = of_container(3, "other")
+    lan = device(HOST + 4, 5, kind="macvlan", role=Role.INNER, container="lan", peer_netns=HOST, peer_ifindex=2)
+    shared, own, bond = device(HOST, 20, "br0", "bridge"), device(HOST, 21, "br1", "bridge"), device(HOST, 22, "bond0")
+    inside = device(HOST + 5, 20, "br0", "bridge")
+    devices = (
+        *(OUTER, bond, shared, own, inside),
+        *(web, replace(web_peer, master_ifindex=20), db, replace(db_peer, master_ifindex=20)),
+        *(other, replace(other_peer, master_ifindex=21), lan),
+    )
+    one = finder(SessionFilter(containers=("web", "db"), path=True), *devices)
+    at = [(cookie(HOST), ifindex) for ifindex in (2, 101, 20, 102)]
+    assert one.find(devices) == Places((cookie(HOST + 1), cookie(HOST + 2)), tuple(at))
+    one = finder(SessionFilter(containers=("lan",), path=True), *devices)
+    assert one.find(devices) == Places((cookie(HOST + 4),), ((cookie(HOST), 2),))
+
+
+def test_no_packet_is_recorded_before_the_container_comes():
+    one = finder(SessionFilter(containers=("web",), path=True), OUTER)
+    assert one.find((OUTER,)) == Places()
+    assert len(one.find((OUTER, *of_container(1, "web"))).devices) == 2
+
+
+def test_containers_share_a_bridge_which_is_one_place(caplog):
+    bridged = [
+        replace(d, master_ifindex=20) if d.netns == HOST else d for n in range(1, 15) for d in of_container(n, "web")
+    ]
+    devices = (OUTER, *bridged)
+    found = finder(SessionFilter(containers=("web",), path=True), *devices).find(devices)
+    assert (len(found.netns), len(found.devices)) == (14, 16)
+    assert "not wholly recorded" not in caplog.text
+
+
 def test_the_lower_device_of_macvlan_is_everybodys():
     devices = (OUTER, *of_container(1, "web", kind="macvlan"))
     assert finder(SessionFilter(containers=("web",)), *devices).find(devices) == Places((cookie(HOST + 1),))

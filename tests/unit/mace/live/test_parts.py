@@ -25,7 +25,9 @@ def test_without_a_filter(check):
 def test_where_a_filter_is_applied(check):
     found = check(containers=("web",))
     assert found["source kmod"] == Status(False, "found", "load it")
-    assert found["source bpf"].detail == "found; only packets at container web, chosen in the kernel"
+    assert found["source bpf"].detail == (
+        "found; only packets at container web and the bridges and outer devices on the way, chosen in the kernel"
+    )
     assert found["source ftrace"].detail.endswith("chosen after reading: ftrace records every packet")
 
 

@@ -8,7 +8,7 @@ import pytest
 from collector.files import recording
 from contracts.config import Config
 from contracts.errors import Unavailable
-from mace.live import pipeline, runs
+from mace.live import runs
 from mace.live.pipeline import Stop
 from storage.query import StoreReader
 from tests.places import DOCS
@@ -66,7 +66,8 @@ def test_a_recording_is_observed_with_its_crossings():
 def test_a_live_run_ends_with_its_until(kind, monkeypatch):
     """A live run ends with its `until`. A recording replaces the live source; it ends by itself or on request."""
     source = recording(EXAMPLE).source()
-    monkeypatch.setattr(runs, "live_source", lambda config, **_: (source, "source made", lambda results: results))
+    source.told, source.only = "source made", lambda results: results
+    monkeypatch.setattr(runs, "live_source", lambda config, **_: source)
     stop, opened, lasted = Stop(), [], []
 
     async def until():
@@ -104,9 +105,7 @@ def test_a_live_run_ends_with_its_until(kind, monkeypatch):
 
 
 def test_what_a_run_is_for_ends_it(monkeypatch):
-    monkeypatch.setattr(
-        runs, "live_source", lambda config, **_: (recording(EXAMPLE).source(), "source made", lambda results: results)
-    )
+    monkeypatch.setattr(runs, "live_source", lambda config, **_: recording(EXAMPLE).source())
     stop = Stop()
 
     async def nothing():
@@ -124,7 +123,7 @@ def test_an_error_reaches_the_awaiting_task(monkeypatch):
         async def aclose(self):
             pass
 
-    monkeypatch.setattr(pipeline, "live_source", lambda *_: Absent())
+    monkeypatch.setattr(runs, "live_source", lambda *_, **__: Absent())
 
     async def forever():
         await asyncio.Event().wait()
