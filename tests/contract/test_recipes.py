@@ -236,7 +236,7 @@ def test_strokes_beyond_the_room_are_lost():
     "A capture source.",
     tests=(
         *("tests/contract/test_sources.py", "tests/contract/test_packaging.py", "tests/contract/test_commands.py"),
-        *("tests/contract/test_configuration_doc.py", "tests/unit/mace/live/test_pipeline.py"),
+        *("tests/contract/test_configuration_doc.py", "tests/unit/mace/live/test_first.py"),
         "tests/unit/collector/toybell/test_source.py",
     ),
     choose=(
@@ -247,7 +247,7 @@ def test_strokes_beyond_the_room_are_lost():
 def a_capture_source(tree):
     tree.write("collector/toybell/__init__.py", '"""A bell, for tests of recipes."""\n')
     tree.write("collector/toybell/source.py", SOURCE)
-    tree.replace("contracts/sources.py", '"bpf")', '"bpf", "toybell")')
+    tree.replace("contracts/sources.py", '"ftrace")', '"ftrace", "toybell")')
     package = "collector/__init__.py"
     tree.insert(package, "from contracts.config", "from collector.toybell import source as bell\n")
     tree.insert(

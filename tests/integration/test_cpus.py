@@ -14,11 +14,13 @@ from collections import Counter
 import pytest
 
 from mace.lab import HOST, Spec, running
+from mace.lab.plan import device_tag
 from tests.integration.test_witness import COUNT, SIZE, _name_argument
 from tests.measuring import balanced, mace, measured, on_one_cpu, wait_for
 
 pytestmark = [pytest.mark.needs("root", "tracefs", "netns", "bpftrace", "rps"), pytest.mark.slow]
-VETH, BRIDGE = "veth1-c1", "br1"
+LAB = "cpu"
+VETH, BRIDGE = f"veth{device_tag(LAB)}-c1", f"br{device_tag(LAB)}"
 
 
 def spread(lab, device, cpus):
@@ -30,14 +32,18 @@ def spread(lab, device, cpus):
 
 
 def program():
-    """Print, for each ping at the container's veth: its wait and the two CPUs; and its run up to the bridge."""
+    """Print, for each ping at the container's veth: its wait and the two CPUs; and its run up to the bridge.
+
+    Printing takes as long as the run itself, so the run begins before it, as it does for MACE.
+    """
     name, length = _name_argument(), SIZE + 28
     at = f"/args->len == {length} && {name} =="
     return f"""
 tracepoint:net:netif_rx {at} "{VETH}"/ {{ @queued[args->skbaddr] = nsecs; @cpu[args->skbaddr] = cpu; }}
 tracepoint:net:netif_receive_skb {at} "{VETH}" && @queued[args->skbaddr]/ {{
-  printf("wait %lu %d %d\\n", nsecs - @queued[args->skbaddr], @cpu[args->skbaddr], cpu);
-  delete(@queued[args->skbaddr]); @began[args->skbaddr] = nsecs; }}
+  @began[args->skbaddr] = nsecs;
+  printf("wait %lu %d %d\\n", @began[args->skbaddr] - @queued[args->skbaddr], @cpu[args->skbaddr], cpu);
+  delete(@queued[args->skbaddr]); }}
 tracepoint:net:netif_receive_skb {at} "{BRIDGE}" && @began[args->skbaddr]/ {{
   printf("run %lu\\n", nsecs - @began[args->skbaddr]); delete(@began[args->skbaddr]); }}
 interval:ms:100 {{ printf("on\\n"); }}
@@ -57,7 +63,7 @@ def report(*argv):
 @pytest.mark.parametrize(("cpus", "moves"), [("0", False), ("2", True)])
 def test_bpftrace(tmp_path, cpus, moves):
     said = tmp_path / "bpftrace.txt"
-    with running(Spec(name="cpu")) as lab, on_one_cpu(0):
+    with running(Spec(name=LAB)) as lab, on_one_cpu(0):
         spread(lab, VETH, cpus)
         lab.ping("c1", count=2)
         with measured(lab, tmp_path, "--source", "ftrace", "--softirqs") as measurement:
