@@ -37,7 +37,7 @@ def test_every_key(tmp_path):
         ("[capture]\nring_mib = '3'\n", "[capture] ring_mib = '3', expected a whole number"),
         ("[capture]\nring_mib = true\n", "[capture] ring_mib = True, expected a whole number"),
         ("[capture]\nring_mib = 0\n", "[capture] ring_mib = 0, expected 1 to 4096"),
-        ("[capture]\nsource = 'ftrac'\n", "expected one of auto, kmod, ftrace, bpf (did you mean 'ftrace'?)"),
+        ("[capture]\nsource = 'ftrac'\n", "expected one of auto, kmod, bpf, ftrace (did you mean 'ftrace'?)"),
         ("[capture]\nouter = 'eth1'\n", "[capture] outer = 'eth1', expected a list of strings"),
         ("[store]\nflush_interval_s = nan\n", "[store] flush_interval_s = nan, expected 0.05 to 3600"),
         ("[store]\nmax_age_days = -1\n", "[store] max_age_days = -1.0, expected at least 0"),
