@@ -113,7 +113,7 @@ def walked(tmp_path_factory):
 
 def reads(argv):
     """Return whether a command only works on files; others are run as an unprivileged user."""
-    return argv[0] in {"replay", "correct", "report", "query", "export", "ingest", "store"}
+    return argv[0] in {"replay", "correct", "report", "serve", "query", "export", "ingest", "store"}
 
 
 def complaints(done):
