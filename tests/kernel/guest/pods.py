@@ -178,8 +178,10 @@ def measured_by_loaded(ways: dict[str, Way], count: int, folder: Path) -> tuple[
 
     The verifier takes an emulator a minute, so `mace run` would be too slow.
     """
+    session = programs.unfiltered()
+    session.forget_counts()
     outer = [way.outer for way in ways.values()]
-    source = programs.source(programs.unfiltered(), BpfDeviceFollower(host_netns=HOST, outer=outer, docker_sockets=()))
+    source = programs.source(session, BpfDeviceFollower(host_netns=HOST, outer=outer, docker_sockets=()))
     capture = folder / "run.mace"
 
     async def record() -> None:

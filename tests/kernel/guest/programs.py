@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from collector.bpf.libbpf import check
 from collector.bpf.ring import BufferRing, MappedRing
 from collector.bpf.session import Session
 from collector.bpf.source import BpfConfig, BpfSource
@@ -38,6 +40,11 @@ class Loaded(Session):
         if kernel_version() < (5, 13):
             self.kept = self.programs.get(Hook.IP_RCV, ())
         self.detach()
+
+    def forget_counts(self) -> None:
+        """Set the programs' counts to zero, which they are for a source that loads the programs itself."""
+        key, zeros = ctypes.c_uint32(0), np.zeros_like(self._counts)
+        check(self._library.bpf_map_update_elem(self._counts_fd, ctypes.byref(key), zeros.ctypes.data, 0))
 
     def close(self) -> None:
         self.stop()
