@@ -1,15 +1,14 @@
 """Which CPU does the work: `mace report --cpus` against bpftrace, on the same packets, with RPS off and on.
 
 With RPS the host's end of the container's veth passes packets to CPU 1, while the pings, and with them all that a
-packet passes before that, run on CPU 0. Counts are equal. Medians differ by the cost of the probes, as in
-`tests/integration/test_witness.py`, whose bound this is.
+packet passes before that, run on CPU 0. Both see the same pairs of CPUs. Medians differ by the cost of the probes, as
+in `tests/integration/test_witness.py`, whose bound this is.
 """
 
 import json
 import re
 import statistics
 import subprocess
-from collections import Counter
 
 import pytest
 
@@ -72,19 +71,23 @@ def test_bpftrace(tmp_path, cpus, moves):
             try:
                 wait_for(lambda: "\non\n" in said.read_text(), what="bpftrace", limit_s=60)
                 assert lab.ping("c1", count=COUNT, size=SIZE).received == COUNT
-                wait_for(lambda: said.read_text().count("\nrun ") >= COUNT, what="bpftrace's last ping", limit_s=60)
+                beats = said.read_text().count("\non\n")
+                wait_for(lambda: said.read_text().count("\non\n") > beats + 2, what="bpftrace's last ping", limit_s=60)
             finally:
                 witness.terminate()
                 witness.wait(timeout=30)
     seen = [tuple(map(int, each)) for each in re.findall(r"^wait (\d+) (\d+) (\d+)", said.read_text(), re.M)]
     runs = [int(each) for each in re.findall(r"^run (\d+)", said.read_text(), re.M)]
-    assert len(seen) == len(runs) == COUNT
+    # The kernel skips a tracepoint's program while bpftrace itself has a map of that CPU in hand.
+    assert COUNT // 2 < len(seen) <= COUNT
+    assert COUNT // 2 < len(runs) <= COUNT
     assert {queued != ran for _, queued, ran in seen} == {moves}
 
     found = report("--store", measurement.store)
     stages = [one for one in found["stages"] if (one["device"], one["direction"]) == (VETH, "egress")]
     pairs = {(one["cpu_queued"], one["cpu"]): one["packets"] for one in stages}
-    assert pairs == Counter((queued, ran) for _, queued, ran in seen)
+    assert set(pairs) == {(queued, ran) for _, queued, ran in seen}
+    assert sum(pairs.values()) == COUNT
     [stage] = stages
     agree(stage["wait"]["p50_ns"], [wait for wait, _, _ in seen])
     agree(stage["run"]["p50_ns"], runs)
