@@ -10,19 +10,16 @@ descend from the program.
 
 from __future__ import annotations
 
-import atexit
 import threading
 import time
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
 from collector.ftrace import tracefs
-from collector.ftrace.rings import PageBuffer, ReadRing
-from collector.machine.kernel import online_cpus
+from collector.ftrace.own_instance import OwnInstance
 from collector.pages.decoding import Located, PageDecoder, Stretch
-from collector.pages.formats import EventFormat, parse_format, parse_header_page
+from collector.pages.formats import EventFormat, parse_format
 from contracts.arrays import Ints
 from contracts.errors import SourceError
 from contracts.scheduling import TaskChange, TaskChanges
@@ -33,8 +30,6 @@ _FORK: Final = "sched:sched_process_fork"
 _RING_KIB: Final = 1024
 """Memory of each CPU's ring, KiB: 15,000 events of 70 bytes. A flood of 10,000 samples a second, with three events
 each, fills it in half a second, the longest time between two readings."""
-_PAGES: Final = 64
-"""Pages that are decoded at once."""
 _READY: Final = 0xFF
 """`prev_state` is 0 in these bits if the task is ready; bit 8 says that it was preempted (include/linux/sched.h,
 TASK_REPORT_MAX; include/trace/events/sched.h, `__trace_sched_switch_state`)."""
@@ -45,14 +40,6 @@ _SETTLE_S: Final = 0.01
 _NEVER: Final = 1 << 62
 
 
-@dataclass(slots=True)
-class _Cpu:
-    """One CPU's ring, and the time of its last event."""
-
-    ring: ReadRing
-    last_ns: int
-
-
 class TaskTrace:
     """The changes of one program's tasks. `open` and `close` are a pair; `open` in the thread that starts the program.
 
@@ -61,8 +48,9 @@ class TaskTrace:
 
     def __init__(self, ring_kib_per_cpu: int = _RING_KIB) -> None:
         self._ring_kib = ring_kib_per_cpu
-        self._instance: tracefs.Instance | None = None
-        self._cpus: dict[int, _Cpu] = {}
+        self._own = OwnInstance()
+        self._last_ns: dict[int, int] = {}
+        """CPU -> time of its last event."""
         self._family: set[int] = set()
         self._forks: list[tuple[int, int]] = []
         """Parent and child of forks whose parent is not, or not yet, known as one of the program's tasks."""
@@ -76,26 +64,15 @@ class TaskTrace:
 
     def open(self) -> None:
         """Begin to follow the calling thread and whatever it starts."""
-        tracefs.refuse_pid_namespace()
-        root = tracefs.find()
-        tracefs.remove_leftovers(root)
-        self._instance = instance = tracefs.Instance.create(root)
-        atexit.register(self._remove)
-        try:
-            self._prepare(instance)
-        except BaseException:
-            self.close()
-            raise
+        self._own.open(self._prepare)
 
     def _prepare(self, instance: tracefs.Instance) -> None:
         instance.set_clock("mono")
         instance.set_option("overwrite", on=True)
         instance.set_option("event-fork", on=True)
         instance.set_ring_size(self._ring_kib)
-        layout = parse_header_page(instance.header_page())
         self._forms = {name: parse_format(name, instance.event_format(name)) for name in (_SWITCH, _WAKING, _FORK)}
-        self._decoder = PageDecoder(layout, ())
-        self._buffer = PageBuffer(layout, _PAGES)
+        self._decoder = PageDecoder(self._own.buffer.layout, ())
         self._began_ns = self.complete_ns = time.monotonic_ns()
         self._open_cpus()
         tracefs.write(instance.path / "set_event_pid", str(threading.get_native_id()))
@@ -104,11 +81,8 @@ class TaskTrace:
         instance.record(on=True)
 
     def _open_cpus(self) -> None:
-        assert self._instance is not None
-        for number in online_cpus():
-            if number not in self._cpus:
-                ring = ReadRing(self._instance.cpu(number) / "trace_pipe_raw", self._buffer.layout)
-                self._cpus[number] = _Cpu(ring, self.complete_ns)
+        for cpu in self._own.open_cpus():
+            self._last_ns[cpu] = self.complete_ns
 
     def follow(self, pid: int) -> None:
         """Choose the process, started by the thread that called `open`, whose tasks `changes` is about."""
@@ -116,7 +90,7 @@ class TaskTrace:
 
     def read(self) -> None:
         """Read what the rings hold. It costs a fraction of a millisecond, and must happen a few times a second."""
-        if self._instance is None:
+        if self._own.instance is None:
             return
         self._open_cpus()
         began_ns = time.monotonic_ns()
@@ -124,41 +98,24 @@ class TaskTrace:
 
     def finish(self) -> None:
         """Stop the tracer, read the rest, and account for losses that no page has a count of."""
-        if self._instance is None:
+        if self._own.instance is None:
             return
-        self._instance.record(on=False)
+        self._own.instance.record(on=False)
         time.sleep(_SETTLE_S)
         self._read(_NEVER)
-        lost = sum(self._instance.stats(cpu).lost for cpu in self._cpus)
+        lost = sum(self._own.instance.stats(cpu).lost for cpu in self._own.cpus)
         if lost and not self.gaps:
             self.gaps.append((self._began_ns, time.monotonic_ns()))
 
     def close(self) -> None:
         """Remove the instance. Safe to call again."""
-        try:
-            self._remove()
-        finally:
-            atexit.unregister(self._remove)
-
-    def _remove(self) -> None:
-        for cpu in self._cpus.values():
-            cpu.ring.close()
-        self._cpus.clear()
-        if self._instance is not None:
-            instance, self._instance = self._instance, None
-            instance.remove()
+        self._own.close()
 
     # --- reading --------------------------------------------------------------------------------
 
     def _read(self, complete_ns: int) -> None:
         parts = [self._waiting]
-        for number, cpu in self._cpus.items():
-            empty = False
-            while not empty:
-                taken = cpu.ring.take(self._buffer)
-                empty = taken.empty
-                if taken.pages:
-                    parts.append(self._decode(cpu, Stretch(number, taken.pages, taken.skip)))
+        parts += (self._decode(stretch) for stretch in self._own.taken())
         self._add_children()
         found = TaskChanges.concatenate(parts)
         if not self._family:  # the program has not been started
@@ -173,15 +130,15 @@ class TaskTrace:
         self._waiting = found[ready:]
         self.complete_ns = complete_ns
 
-    def _decode(self, cpu: _Cpu, stretch: Stretch) -> TaskChanges:
-        found = self._decoder.locate(self._buffer.bytes, [stretch])
+    def _decode(self, stretch: Stretch) -> TaskChanges:
+        found = self._decoder.locate(self._own.buffer.bytes, [stretch])
         for page in found.missed:
             first = int(found.first[page])
             after = int(found.ts[first]) if first < len(found.ts) else time.monotonic_ns()
-            before = int(found.ts[first - 1]) if first else cpu.last_ns
+            before = int(found.ts[first - 1]) if first else self._last_ns[stretch.cpu]
             self.gaps.append((before, after))
         if len(found.ts):
-            cpu.last_ns = int(found.ts[-1])
+            self._last_ns[stretch.cpu] = int(found.ts[-1])
         ids = found.ids()
         switch, waking, fork = (found[np.flatnonzero(ids == form.id)] for form in self._forms.values())
         parents, children = (_number(fork, self._forms[_FORK], name) for name in ("parent_pid", "child_pid"))

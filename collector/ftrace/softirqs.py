@@ -9,7 +9,6 @@ The wait of an entry whose raise was not seen (lost, or before the tracer was on
 
 from __future__ import annotations
 
-import atexit
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +17,9 @@ from typing import Final
 import numpy as np
 
 from collector.ftrace import tracefs
-from collector.ftrace.rings import PageBuffer, ReadRing
-from collector.machine.kernel import online_cpus
+from collector.ftrace.own_instance import OwnInstance
 from collector.pages.decoding import PageDecoder, Stretch
-from collector.pages.formats import parse_format, parse_header_page
+from collector.pages.formats import parse_format
 from contracts import histogram
 from contracts.arrays import Bytes, Ints
 from contracts.cpus import SoftirqCounts
@@ -32,7 +30,6 @@ _NET_RX: Final = 3
 """Number of the receive softirq (include/linux/interrupt.h)."""
 _RING_KIB: Final = 4096
 """Memory of each CPU's ring, KiB: 200,000 events of 20 bytes, a second of 70,000 softirqs."""
-_PAGES: Final = 64
 
 
 @dataclass(slots=True)
@@ -134,46 +131,31 @@ class SoftirqTrace:
     """
 
     def __init__(self) -> None:
-        self._instance: tracefs.Instance | None = None
-        self._rings: dict[int, ReadRing] = {}
+        self._own = OwnInstance()
         self._counters: dict[int, SoftirqCounter] = {}
 
     def open(self) -> None:
         """Begin to follow the softirqs."""
-        tracefs.refuse_pid_namespace()
-        root = tracefs.find()
-        tracefs.remove_leftovers(root)
-        self._instance = instance = tracefs.Instance.create(root)
-        atexit.register(self._remove)
-        try:
-            instance.set_clock("mono")
-            instance.set_ring_size(_RING_KIB)
-            layout = parse_header_page(instance.header_page())
-            self._forms = [parse_format(name, instance.event_format(name)) for name in _EVENTS]
-            self._decoder = PageDecoder(layout, ())
-            self._buffer = PageBuffer(layout, _PAGES)
-            self._ksoftirqd = ksoftirqd()
-            self._open_cpus()
-            for event in _EVENTS:
-                instance.set_filter(event, f"vec == {_NET_RX}")
-                instance.enable(event)
-            instance.record(on=True)
-        except BaseException:
-            self.close()
-            raise
+        self._own.open(self._prepare)
+
+    def _prepare(self, instance: tracefs.Instance) -> None:
+        instance.set_clock("mono")
+        instance.set_ring_size(_RING_KIB)
+        self._forms = [parse_format(name, instance.event_format(name)) for name in _EVENTS]
+        self._decoder = PageDecoder(self._own.buffer.layout, ())
+        self._open_cpus()
+        for event in _EVENTS:
+            instance.set_filter(event, f"vec == {_NET_RX}")
+            instance.enable(event)
+        instance.record(on=True)
 
     def read(self) -> None:
         """Read what the rings hold, and count it."""
-        if self._instance is None:
+        if self._own.instance is None:
             return
         self._open_cpus()
-        for cpu, ring in self._rings.items():
-            empty = False
-            while not empty:
-                taken = ring.take(self._buffer)
-                empty = taken.empty
-                if taken.pages:
-                    self._count(cpu, Stretch(cpu, taken.pages, taken.skip))
+        for stretch in self._own.taken():
+            self._count(stretch)
 
     def taken(self) -> list[SoftirqCounts]:
         """Read, and return the counts of each CPU since the last call."""
@@ -183,29 +165,16 @@ class SoftirqTrace:
 
     def close(self) -> None:
         """Remove the instance. Safe to call again."""
-        try:
-            self._remove()
-        finally:
-            atexit.unregister(self._remove)
-
-    def _remove(self) -> None:
-        for ring in self._rings.values():
-            ring.close()
-        self._rings.clear()
-        if self._instance is not None:
-            instance, self._instance = self._instance, None
-            instance.remove()
+        self._own.close()
 
     def _open_cpus(self) -> None:
-        assert self._instance is not None
-        for cpu in online_cpus():
-            if cpu not in self._rings:
-                self._rings[cpu] = ReadRing(self._instance.cpu(cpu) / "trace_pipe_raw", self._buffer.layout)
-                self._counters.setdefault(cpu, SoftirqCounter(cpu))
-                self._ksoftirqd = ksoftirqd()
+        if new := self._own.open_cpus():
+            self._ksoftirqd = ksoftirqd()
+        for cpu in new:
+            self._counters.setdefault(cpu, SoftirqCounter(cpu))
 
-    def _count(self, cpu: int, stretch: Stretch) -> None:
-        found = self._decoder.locate(self._buffer.bytes, [stretch])
+    def _count(self, stretch: Stretch) -> None:
+        found = self._decoder.locate(self._own.buffer.bytes, [stretch])
         ids = found.ids()
         kind = np.full(len(ids), 255, np.uint8)
         for number, form in enumerate(self._forms):
@@ -213,7 +182,7 @@ class SoftirqTrace:
         pid_at = self._forms[0].field("common_pid").offset // 4
         pid = found.words.take(found.at + pid_at, mode="clip").astype(np.int64)
         events = SoftirqEvents(found.ts, kind, pid)
-        counter, first, done = self._counters[cpu], found.first, 0
+        counter, first, done = self._counters[stretch.cpu], found.first, 0
         for page, lost in sorted(found.missed.items()):
             counter.add(events[np.arange(done, int(first[page]))], self._ksoftirqd)
             counter.gap(lost or 1)
