@@ -64,7 +64,7 @@ def run(options: Options, console: Console) -> int:
     as_json = options.format == JSON
     with settings.namespace(options.where, configured) as netns_fd:
         session = settings.session(configured, options.format, console)
-        beside = Beside.of(netns_fd, configured.capture, probes=not options.no_probes)
+        beside = Beside(netns_fd, configured.capture, probes=not options.no_probes)
         with Following.opened() as following:
             found, status = wrap.measure(
                 options.command,

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from contracts.config import CaptureConfig
+from contracts.interfaces import StreamHeader, StreamSink
 from contracts.schema import HookCost
 from correlator.correction import Corrections
 from correlator.samples import Samples
-from mace.live.first import name_of
 from mace.tools.corrected import Corrected
 from mace.tools.host_probes import HostProbes
 from mace.tools.host_rtt import Cost, ToolTimes, added_ns
@@ -21,24 +21,28 @@ _LATEST: Final = 512
 
 
 class Beside:
-    """The probes beside one run of a tool, and the tracer's cost if it is kept; otherwise `no_cost` says why not."""
+    """The probes beside one run of a tool in the namespace of `netns_fd`, and the tracer's cost.
 
-    def __init__(self, probes: HostProbes, cost: TracerCost | None = None, no_cost: str = "") -> None:
-        self.probes = probes
-        self._cost, self._no_cost = cost, no_cost
+    With `probes` false no probes are sent, and no cost is needed.
+    """
+
+    def __init__(self, netns_fd: int, capture: CaptureConfig, *, probes: bool = True) -> None:
+        self.probes = HostProbes(netns_fd, capture.host_netns)
+        if not probes:
+            self.probes.why_not = "--no-probes"
+        self._needs_cost = probes
+        self._cost: TracerCost | None = None
+        self._no_cost = ""
+        """Why there is no cost of the source that is kept; known once the source is open."""
         self._times: deque[ToolTimes] = deque()
 
-    @classmethod
-    def of(cls, netns_fd: int, capture: CaptureConfig, *, probes: bool = True) -> Beside:
-        """Return what runs beside a tool in the namespace of `netns_fd`, under a capture with that configuration.
+    def tee(self, sink: StreamSink | None) -> StreamSink:
+        """Return the sink that the tool's capture needs, which passes the stream on to `sink`."""
+        return self.probes.tee(sink, self._opened)
 
-        With `probes` false no probes are sent, and no cost is needed.
-        """
-        beside = HostProbes(netns_fd, capture.host_netns)
-        if not probes:
-            beside.why_not = "--no-probes"
-            return cls(beside)
-        return cls(beside, *kept(name_of(capture)))
+    def _opened(self, header: StreamHeader) -> None:
+        if self._needs_cost:
+            self._cost, self._no_cost = kept(header.source)
 
     def added_ns(self, samples: Samples, corrections: Corrections, costs: Sequence[HookCost]) -> float | None:
         """Return what turns the lower bound of further samples into the host RTT, ns; None if that is not known yet.

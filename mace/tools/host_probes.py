@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -228,9 +228,12 @@ class HostProbes:
 
     # The records.
 
-    def tee(self, sink: StreamSink | None) -> StreamSink:
-        """Return a sink that passes the stream on to `sink` and selects the records of the probes."""
-        return _Tee(self, sink)
+    def tee(self, sink: StreamSink | None, on_open: Callable[[StreamHeader], None]) -> StreamSink:
+        """Return a sink that passes the stream on to `sink` and selects the records of the probes.
+
+        `on_open` gets the stream's header.
+        """
+        return _Tee(self, sink, on_open)
 
     def select(self, item: StreamItem) -> None:
         """Keep the probes' records of the next item of the stream."""
@@ -283,10 +286,11 @@ class HostProbes:
 class _Tee:
     """Passes a stream on, and shows it to the probes."""
 
-    def __init__(self, probes: HostProbes, sink: StreamSink | None) -> None:
-        self._probes, self._sink = probes, sink
+    def __init__(self, probes: HostProbes, sink: StreamSink | None, on_open: Callable[[StreamHeader], None]) -> None:
+        self._probes, self._sink, self._on_open = probes, sink, on_open
 
     async def open(self, header: StreamHeader) -> None:
+        self._on_open(header)
         if self._sink is not None:
             await self._sink.open(header)
 

@@ -144,7 +144,7 @@ class Ping:
     def measure(self, session: Session, tee: CaptureSink | None) -> Corrected:
         """Run ping under a capture, print its corrected lines as they are settled, and return all corrections."""
         session.observe(
-            self._run, lambda results: self._take(results, session.utc_offset_ns), tee=self._beside.probes.tee(tee)
+            self._run, lambda results: self._take(results, session.utc_offset_ns), tee=self._beside.tee(tee)
         )
         if self._trouble is not None:
             raise self._trouble

@@ -72,7 +72,7 @@ def measure(
         beside.probes.requested((_exchanges(results, netns) - offset_ns).tolist())
         beside.probes.harvest(observed.settled_utc_ns - offset_ns)
 
-    session.observe(tool.probed, take, tee=beside.probes.tee(tee))
+    session.observe(tool.probed, take, tee=beside.tee(tee))
     if tool.said is None:
         raise LabError(f"{argv[0]} was stopped before its end, so there is no output to correct")
     if not quiet:

@@ -97,7 +97,7 @@ def unfollowed():
 
 
 def unprobed(netns_fd):
-    return Beside.of(netns_fd, CaptureConfig(), probes=False)
+    return Beside(netns_fd, CaptureConfig(), probes=False)
 
 
 # Lines -----------------------------------------------------------------------------------------------------
