@@ -27,7 +27,7 @@ tuned to the value that it is compared with. The term is added to the host RTT, 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -38,25 +38,13 @@ from contracts.arrays import Ints
 from contracts.hooks import ALONG, Hook, Way
 from contracts.records import Batch
 from contracts.topology import Topology
-from mace.lab import probing
 
-PAYLOAD_BYTES: Final = 48
-"""Payload of a probe. It is not ping's 56, so that the packets' length distinguishes probes from ping's requests."""
-PROBE_LEN: Final = 20 + 8 + PAYLOAD_BYTES
-"""Length of a probe, bytes, with the IPv4 and ICMP headers."""
 MOST_RECORDS: Final = 100_000
 """Most records that are kept of packets as long as a probe: 6 MB, and half a second of a flood of such packets."""
-STRETCHES: Final = ("send", "device", "beyond", "answer")
-"""Names of the stretches of the host path term."""
 _ARRIVALS: Final = ALONG[Way.RECEIVE]
 _EVER: Final = 1 << 62
 _LATEST_NS: Final = 5_000_000
 """A probe without a record within this time after its send is left out."""
-
-
-def probe_command(address: str, count: int, interval_ns: int) -> list[str]:
-    """Return the command line that sends probes to an IPv4 address, for the host's or a container's namespace."""
-    return probing.command("probes", address, count, interval_ns, PAYLOAD_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,25 +194,6 @@ def _way_out(
     if queued is None or left is None or last is None:
         return None
     return begin - sent, left - queued, last - left, last
-
-
-def term_ns(host: Sequence[Stretches], container: Sequence[Stretches], names: Iterable[str] = STRETCHES) -> float:
-    """Return the host path term over these stretches, ns: median of the host's probes less that of the container's.
-
-    The medians are over the probes of all parts; nan without probes. `answer` counts only if a far end on this machine
-    has answered a probe.
-    """
-    sides = ((1, host), (-1, container))
-    answered = any(len(part.answer) for _, parts in sides for part in parts)
-    seen = any(len(part) for _, parts in sides for part in parts)
-    total = 0.0
-    for name in names:
-        if name == "answer" and seen and not answered:
-            continue
-        for sign, parts in sides:
-            values = np.concatenate([getattr(part, name) for part in parts])
-            total += sign * float(np.median(values)) if len(values) else float("nan")
-    return total
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,6 @@ _VARIABLE: Final = "MACE_TRACER_COST"
 """Environment variable with another path."""
 OLDEST_S: Final = 30 * 86_400
 """A cost that was measured earlier is no longer used."""
-ROUNDS: Final = 10
 _COUNTED_ERROR: Final = 0.5
 """Standard error of a source's count, as a share of it: how much the count leaves out differs between machines."""
 _PAYLOAD: Final = 48

@@ -293,7 +293,7 @@ def _part(plan: ComparePlan, lab: Lab, session: Session | None) -> SourceRound:
 
 
 def _trips(plan: ComparePlan, lab: Lab, count: int) -> Ints:
-    argv = probing.command("trips", lab.address(REMOTE), count, int(plan.interval_s * 1e9), _PAYLOAD_BYTES)
+    argv = probing.command(lab.address(REMOTE), count, int(plan.interval_s * 1e9), _PAYLOAD_BYTES)
     process = lab.popen(plan.container, argv)
     said, complaints = process.communicate()
     if process.returncode:

@@ -7,12 +7,12 @@ import platform
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-_GOLDEN: Final = (5**0.5 - 1) / 2
+from mace.tools.host_rtt import spread_evenly
 
 
 def machine() -> dict[str, Any]:
@@ -41,11 +41,9 @@ def dithered(values: npt.NDArray[np.int64], unit_ns: float = 1000.0) -> npt.NDAr
 
     ping's round trips are differences of two stamps in whole microseconds. They are right on average, but their median
     is a whole number too and jumps by one when the middle moves a little. So does what is computed from it: 12 or 13 µs
-    less an overhead of 7.3 is 4.7 or 5.7, and never the true 5.1. The moves are multiples of the golden ratio, modulo
-    one: they are not random, and in any stretch of values as many go up as down.
+    less an overhead of 7.3 is 4.7 or 5.7, and never the true 5.1.
     """
-    moves = (np.arange(1, len(values) + 1) * _GOLDEN) % 1.0 - 0.5
-    found: npt.NDArray[np.float64] = values + moves * unit_ns
+    found: npt.NDArray[np.float64] = values + spread_evenly(np.full(len(values), unit_ns))
     return found
 
 

@@ -168,7 +168,7 @@ def twins(lab: Lab) -> None:
     """Two containers send echo requests with equal identifiers and numbers (each ping is process 1 of a namespace)."""
     flows = []
     for name, size in (("c1", 64), ("c2", 96)):
-        argv = ["unshare", "--pid", "--fork", *probing.command("trips", lab.address(REMOTE), PINGS, 500_000, size)]
+        argv = ["unshare", "--pid", "--fork", *probing.command(lab.address(REMOTE), PINGS, 500_000, size)]
         flows.append(lab.popen(name, argv))
     for flow in flows:
         flow.communicate()

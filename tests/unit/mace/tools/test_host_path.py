@@ -7,10 +7,12 @@ import pytest
 
 from contracts.hooks import Hook
 from mace.tools import host_path
-from mace.tools.host_path import PROBE_LEN, ProbeCollector, ProbeRecords, Stretches, stretches, term_ns, timed
+from mace.tools.host_path import ProbeCollector, ProbeRecords, Stretches, stretches, timed
 from tests.traffic import Q, R, Tape, X, r, topology
 
 GAP = 10_000_000
+PROBE_LEN = 76
+STRETCHES = ("send", "device", "beyond", "answer")
 WAY = (
     *((0, Q, "eth0"), (3, X, "eth0"), (5, r, "veth1"), (9, R, "veth1"), (20, R, "br0")),
     *((30, Q, "out0"), (31, X, "out0"), (33, r, "rem0"), (34, R, "rem0")),
@@ -47,6 +49,25 @@ def test_a_containers_probes():
     assert found.device.tolist() == [1_000] * 5
     assert found.beyond.tolist() == [3_000] * 5
     assert found.answer.tolist() == [8_000] * 5
+
+
+def term_ns(host, container, names=STRETCHES):
+    """Return the host path term over these stretches, ns: median of the host's probes less that of the container's.
+
+    The medians are over the probes of all parts; nan without probes. `answer` counts only if a far end on this machine
+    has answered a probe.
+    """
+    sides = ((1, host), (-1, container))
+    answered = any(len(part.answer) for _, parts in sides for part in parts)
+    seen = any(len(part) for _, parts in sides for part in parts)
+    total = 0.0
+    for name in names:
+        if name == "answer" and seen and not answered:
+            continue
+        for sign, parts in sides:
+            values = np.concatenate([getattr(part, name) for part in parts])
+            total += sign * float(np.median(values)) if len(values) else float("nan")
+    return total
 
 
 def test_the_term_is_the_hosts_additional_time():
