@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,23 +93,17 @@ def run(options: Options, console: Console) -> int:
     """Print the report on the store, or on the named recordings."""
     from contracts import config
     from mace.commands import settings
-    from mace.replaying.into_store import replayed
     from storage.query import StoreReader
 
-    named = options.recordings
     if options.worst is not None and options.worst < 1:
         raise UsageError(f"--worst {options.worst}: expected at least 1")
     _check(options)
-    replaying = bool(named.files or named.inner or named.outer)
-    if replaying and options.store:
-        raise UsageError("expected a store or recordings, found both; leave out --store or the files")
+    settings.replaying(options.recordings, options.store)
     configured = config.load(options.config)
     quiet = options.format != TABLE
-    recorded = (
-        replayed(settings.recorded_files(named), configured, quiet=quiet, stages=options.cpus) if replaying else None
-    )
-    with recorded or nullcontext() as made:
-        path = made or options.store or Path(configured.store.path)
+    with settings.store_to_read(
+        options.recordings, options.store, configured, quiet=quiet, stages=options.cpus
+    ) as path:
         _report(StoreReader(path, skip_damaged=options.skip_damaged), options, console)
     return 0
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import signal
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from contracts.errors import UsageError
 from mace.commands.choices import SERVE_AT
 from mace.commands.console import Console
 from mace.commands.options import (
@@ -52,18 +50,13 @@ def run(options: Options, console: Console) -> int:
     """Serve the page until Ctrl-C or SIGTERM."""
     from contracts import config
     from mace.commands import settings
-    from mace.replaying.into_store import replayed
     from mace.serving import access, server
 
-    named = options.recordings
-    replaying = bool(named.files or named.inner or named.outer)
-    if replaying and options.store:
-        raise UsageError("expected a store or recordings, found both; leave out --store or the files")
+    settings.replaying(options.recordings, options.store)
     where = access.address(options.listen)
     readers = access.access(where[0], options.readers.token_file, options.readers.allow_host)
     configured = config.load(options.config)
-    with replayed(settings.recorded_files(named), configured, quiet=False) if replaying else nullcontext() as made:
-        path = made or options.store or Path(configured.store.path)
+    with settings.store_to_read(options.recordings, options.store, configured) as path:
         ends = {signal.SIGINT, signal.SIGTERM}
         # Before the server's thread begins, which inherits the mask: both signals wait for sigtimedwait.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)

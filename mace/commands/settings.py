@@ -168,6 +168,28 @@ def recorded_files(options: RecordingOptions) -> list[RecordedFile]:
     return replay.recorded_files(options.files, (options.inner, options.outer), _file_options(options))
 
 
+def replaying(recordings: RecordingOptions, store: Path | None) -> bool:
+    """Return whether recordings are named, and not a store; raises `UsageError` if both are."""
+    named = bool(recordings.files or recordings.inner or recordings.outer)
+    if named and store:
+        raise UsageError("expected a store or recordings, found both; leave out --store or the files")
+    return named
+
+
+@contextmanager
+def store_to_read(
+    recordings: RecordingOptions, store: Path | None, configured: Config, *, quiet: bool = False, stages: bool = False
+) -> Iterator[Path]:
+    """Yield the store to read: of the recordings if they are named (`replayed`), else the named or configured one."""
+    if not replaying(recordings, store):
+        yield store or Path(configured.store.path)
+        return
+    from mace.replaying.into_store import replayed
+
+    with replayed(recorded_files(recordings), configured, quiet=quiet, stages=stages) as made:
+        yield made
+
+
 def _file_options(options: RecordingOptions) -> FileOptions:
     from collector.files import FileOptions
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from contracts.errors import UsageError
 from mace.commands.console import Console
@@ -21,9 +20,6 @@ from mace.commands.options import (
     with_recordings,
     with_store,
 )
-
-if TYPE_CHECKING:
-    from contracts.config import Config
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +71,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: Options, console: Console) -> int:
     """Show the screen until `q`, a signal, or the end of the duration."""
+    from mace.commands import settings
     from mace.shown.top import running
 
-    named = options.recordings
-    replaying = bool(named.files or named.inner or named.outer)
-    if replaying and options.store:
-        raise UsageError("expected a store or recordings, found both; leave out --store or the files")
-    stored = replaying or options.store is not None
+    stored = settings.replaying(options.recordings, options.store) or options.store is not None
     if stored and options.live:
         raise UsageError(
             f"{options.live[0]} is for measuring, and a store or recording was measured before: leave it out"
@@ -90,7 +83,7 @@ def run(options: Options, console: Console) -> int:
         raise UsageError("--until is a time in a store or recording: name one with --store or as FILE")
     running.require_terminal()
     if stored:
-        _look_back(options, console, replaying=replaying)
+        _look_back(options, console)
     else:
         _measure(options, console)
     return 0
@@ -121,23 +114,19 @@ def _measure(options: Options, console: Console) -> None:
     console.show(*tables.losses_panel(watched.summary), tables.ledger_line(watched.summary))
 
 
-def _look_back(options: Options, console: Console, *, replaying: bool) -> None:
-    from contextlib import nullcontext
-
+def _look_back(options: Options, console: Console) -> None:
     from contracts import config
     from mace.commands import settings
-    from mace.replaying.into_store import replayed
     from mace.shown.top import running
 
     configured = config.load(options.config)
     running.require_library()
-    files = settings.recorded_files(options.recordings) if replaying else []
-    with replayed(files, configured, quiet=False) if replaying else nullcontext() as made:
-        for told in _shown(options, configured, made):
+    with settings.store_to_read(options.recordings, options.store, configured) as path:
+        for told in _shown(options, path):
             console.complain(told)
 
 
-def _shown(options: Options, configured: Config, made: Path | None) -> list[str]:
+def _shown(options: Options, path: Path) -> list[str]:
     from datetime import UTC, datetime
 
     from mace.shown.instants import instant_ns
@@ -145,7 +134,6 @@ def _shown(options: Options, configured: Config, made: Path | None) -> list[str]
     from mace.shown.top.stored import StoredFeed
     from storage.query import StoreReader
 
-    path = made or options.store or Path(configured.store.path)
     until_ns = None if options.until is None else instant_ns(options.until, datetime.now(UTC))
     feed = StoredFeed(StoreReader(path, skip_damaged=options.skip_damaged), path.name, until_ns)
     with running.interrupted_by_signals(feed.interrupt):
