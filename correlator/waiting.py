@@ -23,7 +23,8 @@ waited for address resolution) or several did, the sample's task is known only i
 task is taken for the receiver.
 
 A sample is unknown (-1) if it is not paired, if its task is not known, or if events were lost between the task's last
-change before and its first after the sample.
+change before and its first after the sample. Lost are also the events that a task's own changes lack: a CPU that leaves
+a task has turned to it before. A kernel may record no switch from its idle task on some CPU, and counts no loss then.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def waited(
     _, first = np.unique(by_task.pid, return_index=True)
     edges = [*first.tolist(), len(by_task)]
     parts = [by_task[begin:end] for begin, end in pairwise(edges)]
-    tasks = [_Task.of(part) for part in parts if (part.change == TaskChange.RUNS).any()]
+    tasks = [_Task.of(part) for part in parts if len(part)]
     for task, mine in zip(tasks, _senders(tasks, exchanges), strict=True):
         values = task.waited(exchanges[mine], gaps_ns, user_clock=user)
         for name in Waited._DTYPES:
@@ -121,7 +122,7 @@ class _Exchanges(Columns):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Task:
-    """Changes of one task that ran at least once, and its waits: one ends at each `RUNS`. Times in ns, ascending."""
+    """Changes of one task, at least one, and its waits: one ends at each `RUNS`. Times in ns, ascending."""
 
     at: Ints
     """Times of all changes."""
@@ -133,6 +134,8 @@ class _Task:
     end: Ints
     woken: Mask
     """Whether the task had slept before the wait."""
+    gaps: list[tuple[int, int]]
+    """Stretches in which a CPU turned to the task, or left it, without a change that says so."""
     until: int
     """When the task ended; `_EVER` if it did not."""
 
@@ -150,15 +153,15 @@ class _Task:
         woken_at = np.where(change[following] == TaskChange.WOKEN, at[following], at[left])
         start = np.where(place < 0, at[:1], np.where(preempted, at[left], woken_at))
         ended = at[change == TaskChange.ENDED]
+        off_at, on = at[switched], change[switched] == TaskChange.RUNS
         return cls(
-            at, at[switched], change[switched] == TaskChange.RUNS, start, at[runs], ~preempted,
-            int(ended[-1]) if len(ended) else _EVER,
-        )  # fmt: skip
+            at, off_at, on, start, at[runs], ~preempted, _unsaid(off_at, on), int(ended[-1]) if len(ended) else _EVER
+        )
 
     def runs(self, times: Ints) -> Mask:
         """Return whether the task runs at these times."""
-        place = np.searchsorted(self.off_at, times, side="right") - 1
-        found: Mask = (place >= 0) & self.on[np.maximum(place, 0)]
+        on = np.append(False, self.on)
+        found: Mask = on[np.searchsorted(self.off_at, times, side="right")]
         return found
 
     def there(self, times: Ints) -> Mask:
@@ -168,10 +171,15 @@ class _Task:
 
     def waited(self, exchanges: _Exchanges, gaps_ns: Sequence[tuple[int, int]], *, user_clock: bool) -> Waited:
         """Return the waits of the exchanges, which are all this task's."""
+        if not len(self.end):
+            return Waited.unknown(len(exchanges))
         sent, arrived, rest = exchanges.sent, exchanges.arrived, exchanges.rest
         before = np.searchsorted(self.end, sent, side="right")  # number of waits before Q
         numbers = np.arange(len(self.end))
-        last_woken = np.append(0, np.maximum.accumulate(np.where(self.woken, numbers, 0)))[before]
+        last_woken = np.append(-1, np.maximum.accumulate(np.where(self.woken, numbers, -1)))[before]
+        # Without a change that begins the wait, one may be lost between the change before and `RUNS`.
+        slept = np.where(last_woken < 0, -_EVER, (self.start - (self.start == self.end))[last_woken])
+        last_woken = np.maximum(last_woken, 0)
 
         next_run = np.searchsorted(self.end, arrived, side="right")
         idle = ~self.runs(arrived) & (next_run < len(self.end))
@@ -179,16 +187,26 @@ class _Task:
         runs_again = np.where(idle, self.end[following], arrived)
         receive = np.where(idle, runs_again - np.maximum(self.start[following], arrived), 0)
 
-        # Waits that belong to the sample before are not this one's.
-        earlier = np.append(-_EVER, np.maximum.accumulate(np.maximum(sent, runs_again))[:-1])[: len(sent)]
-        send = self._total(np.maximum(last_woken, np.searchsorted(self.end, earlier, side="right")), before)
-
         if user_clock:
             behind = np.minimum(receive, rest)
             error = behind + self._awake(sent, before, last_woken, runs_again, rest - behind)
         else:
             error = self._total(np.searchsorted(self.start, sent - rest), before)
-        unknown = self._torn(sent - rest, np.maximum(runs_again, arrived + rest), gaps_ns)
+        gaps = [*gaps_ns, *self.gaps]
+        end = np.maximum(runs_again, arrived + rest)
+        torn = self._torn(sent - rest, end, gaps)
+
+        # Waits that belong to the sample before are not this one's; when it ran again, a torn one does not say.
+        earlier, certain = (
+            np.append(-_EVER, np.maximum.accumulate(times)[:-1])[: len(sent)]
+            for times in (np.maximum(sent, runs_again), np.where(torn, sent, np.maximum(sent, runs_again)))
+        )
+        send, otherwise = (
+            self._total(np.maximum(last_woken, np.searchsorted(self.end, times, side="right")), before)
+            for times in (earlier, certain)
+        )
+        begin = np.minimum(sent - rest, np.maximum(certain, slept))
+        unknown = self._torn(begin, end, gaps) | (send != otherwise)
         columns = {"send_ns": send, "receive_ns": receive, "temporal_error_ns": error}
         return Waited(**{name: np.where(unknown, UNKNOWN, values) for name, values in columns.items()})
 
@@ -224,10 +242,19 @@ class _Task:
         edges = np.concatenate([[-_EVER], self.at, [_EVER]])
         since = edges[np.searchsorted(self.at, begin, side="right")]
         until = edges[np.searchsorted(self.at, end, side="left") + 1]
-        torn = np.zeros(len(begin), np.bool_)
-        for first, last in gaps_ns:
-            torn |= (since <= last) & (until >= first)
+        if not gaps_ns:
+            return np.zeros(len(begin), np.bool_)
+        first, last = np.array(sorted(gaps_ns)).T
+        place = np.searchsorted(first, until, side="right") - 1
+        torn: Mask = (place >= 0) & (np.maximum.accumulate(last)[np.maximum(place, 0)] >= since)
         return torn
+
+
+def _unsaid(off_at: Ints, on: Mask) -> list[tuple[int, int]]:
+    """Return the gaps of a task in whose changes a CPU leaves it, or turns to it, twice in a row."""
+    same = np.flatnonzero(on[1:] == on[:-1])
+    gaps = list(zip((off_at[same] + 1).tolist(), (off_at[same + 1] - 1).tolist(), strict=True))
+    return gaps if on[:1].any() else [(-_EVER, int(off_at[0]) - 1 if len(off_at) else _EVER), *gaps]
 
 
 def _senders(tasks: Sequence[_Task], exchanges: _Exchanges) -> list[Ints]:

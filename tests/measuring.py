@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import duckdb
 
+from collector.ftrace import tracefs
 from contracts.ledger import Ledger
 from tests.places import ROOT
 
@@ -42,6 +44,27 @@ def on_one_cpu(cpu=0):
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+@cache
+def well_traced_cpu():
+    """Return the first CPU whose switches away from its idle task the kernel records; some kernels lack them on some.
+
+    A tool that wakes on another CPU has waited for it for an unknown time (`correlator.waiting`).
+    """
+    instance = tracefs.Instance.create(tracefs.find())
+    try:
+        instance.enable("sched:sched_switch")
+        instance.record(on=True)
+        cpus = sorted(os.sched_getaffinity(0))
+        for cpu in cpus:
+            with on_one_cpu(cpu):
+                subprocess.run(["sh", "-c", "sleep 0.02; sleep 0.02; sleep 0.02"], check=True)
+        from_idle = [(instance.cpu(cpu) / "trace").read_text().count(" prev_pid=0 ") for cpu in cpus]
+    finally:
+        instance.remove()
+    assert any(from_idle), f"this kernel records no switch from an idle task: {dict(zip(cpus, from_idle, strict=True))}"
+    return next(cpu for cpu, count in zip(cpus, from_idle, strict=True) if count)
 
 
 def start(*argv, **options):

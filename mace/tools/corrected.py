@@ -362,7 +362,7 @@ class Corrected:
         if unknown and not self.followed.why_not:
             yield (
                 f"waiting for a CPU is not known of {unknown:,} paired samples: several of the tool's tasks may have "
-                "sent them, or the kernel's ring lost events of the scheduler"
+                "sent them, or the kernel recorded not every switch to and from them"
             )
 
     def _named(self, rows: list[int]) -> str:

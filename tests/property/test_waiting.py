@@ -11,7 +11,7 @@ from contracts.scheduling import TaskChange, TaskChanges
 from correlator.correction import Corrections, Reason
 from correlator.samples import Samples
 from correlator.stamps import PING, PING_USER
-from correlator.waiting import UNKNOWN, waited
+from correlator.waiting import UNKNOWN, Waited, waited
 
 OFFSET_NS = 1_700_000_000_000_000_000
 TOOL, SHELL = 4711, 4710
@@ -150,6 +150,11 @@ def test_what_the_tool_waited_on_sending_and_on_receiving(plan):
     assert told.receive_ns.tolist() == [s["receive"] for s in plan.samples]
 
 
+def assert_known_are_the_same(part, whole):
+    for name in Waited._DTYPES:
+        assert (getattr(part, name)[part.known] == getattr(whole, name)[part.known]).all()
+
+
 @given(plans(mixed=True), st.data())
 def test_lost_changes_make_the_samples_beside_them_unknown(plan, data):
     """What is still known is what was known with all changes."""
@@ -160,9 +165,24 @@ def test_lost_changes_make_the_samples_beside_them_unknown(plan, data):
     gap = (int(table.ts_ns[begin]) - 1, int(table.ts_ns[end - 1]) + 1)
     whole = found(plan, PING_USER, user=True)
     part = found(plan, PING_USER, user=True, gaps=[gap], changes=table[keep])
-    assert (part.temporal_error_ns[part.known] == whole.temporal_error_ns[part.known]).all()
+    assert_known_are_the_same(part, whole)
     inside = [s["queued"] <= gap[1] and s["arrived"] >= gap[0] for s in plan.samples]
     assert not part.known[inside].any()
+
+
+@given(plans(mixed=True), st.data())
+def test_a_kernel_that_records_some_switches_to_the_task_not_at_all(plan, data):
+    """No reader counts these; a kernel does so for switches from the idle task of some CPU."""
+    table = plan.table()
+    runs = np.flatnonzero((table.change == TaskChange.RUNS) & (table.pid == TOOL))
+    lost = data.draw(st.lists(st.sampled_from(runs.tolist()), min_size=1, unique=True))
+    whole = found(plan, PING_USER, user=True)
+    part = found(plan, PING_USER, user=True, changes=table[np.delete(np.arange(len(table)), lost)])
+    assert_known_are_the_same(part, whole)
+    for row in lost:
+        ran = int(table.ts_ns[row])
+        within = [s["sent"] <= ran <= s["read"] for s in plan.samples]
+        assert not part.known[within].any()
 
 
 def test_two_tasks_that_may_both_have_sent_a_sample_leave_it_unknown():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from tests.places import ROOT
 pytestmark = pytest.mark.needs("root", "tracefs")
 
 CPU = str(min(os.sched_getaffinity(0)))
-BEHIND = ("taskset", "-c", CPU, "chrt", "--idle", "0")
-"""Runs a program where `in_the_way` runs, and after it."""
+BEHIND = ("taskset", "-c", CPU, "nice", "-n", "19")
+"""Runs a program where `in_the_way` runs, and mostly after it."""
+ON, OFF = {TaskChange.RUNS}, {TaskChange.PREEMPTED, TaskChange.SLEEPS, TaskChange.ENDED}
 
 
 @contextmanager
@@ -71,12 +73,12 @@ def test_children_and_threads_are_followed_and_nobody_else():
 
 
 def test_a_task_runs_and_stops_in_turns_until_it_ends():
+    """Some kernels record no switch from the idle task of some CPU, so that a task may stop twice in a row."""
     _, changes, said = followed("sh", "-c", "echo $$; sleep 0.01; sleep 0.01")
     assert (np.diff(changes.ts_ns) >= 0).all()
     _, kinds = of_task(changes, int(said))
     switches = [kind for kind in kinds if kind is not TaskChange.WOKEN]
-    assert switches[::2] == [TaskChange.RUNS] * (len(switches) // 2)
-    assert TaskChange.RUNS not in switches[1::2]
+    assert not [pair for pair in pairwise(switches) if set(pair) <= ON]
     assert switches[-1] is TaskChange.ENDED
     assert switches.count(TaskChange.SLEEPS) >= 2
 
@@ -88,22 +90,32 @@ def test_waits_add_up_to_what_the_kernel_counts():
     script = (
         "import time\n"
         "account = lambda: int(open('/proc/thread-self/schedstat').read().split()[1])\n"
-        "first, began = account(), time.monotonic_ns()\n"
-        "for _ in range(60): time.sleep(0.002)\n"
-        "for _ in range(300_000): pass\n"
-        "print(began, time.monotonic_ns(), account() - first)\n"
+        "for _ in range(60):\n"
+        "    time.sleep(0.002)\n"
+        "    for _ in range(5_000): pass\n"
+        "    print(time.monotonic_ns(), account(), time.monotonic_ns())\n"
     )
     with in_the_way():
         _, changes, said = followed(*BEHIND, sys.executable, "-c", script)
-    began, ended, counted = map(int, said.split())
+    marks = [tuple(map(int, line.split())) for line in said.splitlines()]
     (pid,) = set(changes.pid.tolist())
-    waited, since = 0, None
+    switches = [change for change in zip(*of_task(changes, pid), strict=True) if change[1] is not TaskChange.WOKEN]
+    unsaid = [(first, last) for (first, one), (last, other) in pairwise(switches) if {one, other} <= OFF]
+    waits, since = [], None
     for ts, kind in zip(*of_task(changes, pid), strict=True):
         if kind in (TaskChange.WOKEN, TaskChange.PREEMPTED):
             since = since or ts
         elif kind is TaskChange.RUNS and since:
-            waited += ts - since if began <= since and ts <= ended else 0
+            waits.append((since, ts))
             since = None
+    counted = waited = parts = 0
+    for (_, before, began), (ended, after, _) in pairwise(marks):
+        if any(first < ended and last > began for first, last in unsaid):
+            continue
+        parts += 1
+        counted += after - before
+        waited += sum(end - start for start, end in waits if began <= start and end <= ended)
+    assert parts > len(marks) // 2
     assert counted > 0
     # From the wake-up to the run queue is a part of the wait of which the account knows nothing.
     assert 0.9 * counted < waited < 1.1 * counted
