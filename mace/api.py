@@ -25,6 +25,7 @@ from correlator.configured import REPLAY_SLICE_NS
 from correlator.engine import Engine, EngineConfig
 from correlator.feeder import Feeder
 from mace.replaying.into_store import files_at, into_store
+from mace.replaying.jobs import usable
 from mace.replaying.part import PartTask, reading
 from storage import sql, tables
 from storage.query import Filter, StoreReader
@@ -130,10 +131,16 @@ class Recording:
         return found
 
     def store(
-        self, directory: Path | str, *, timeout_ms: int = TIMEOUT_MS, resume: bool = False, cluster: str | None = None
+        self,
+        directory: Path | str,
+        *,
+        timeout_ms: int = TIMEOUT_MS,
+        resume: bool = False,
+        cluster: str | None = None,
+        jobs: int | None = None,
     ) -> Store:
         """Write rows and windows to a store, as `mace replay --store` does; return the store. Raises `StoreError`."""
-        return store([self], directory, timeout_ms=timeout_ms, resume=resume, cluster=cluster)
+        return store([self], directory, timeout_ms=timeout_ms, resume=resume, cluster=cluster, jobs=jobs)
 
 
 class Store(StoreReader):
@@ -154,15 +161,16 @@ def store(
     timeout_ms: int = TIMEOUT_MS,
     resume: bool = False,
     cluster: str | None = None,
+    jobs: int | None = None,
 ) -> Store:
     """Replay recordings of one or more hosts into one store, as `mace replay --store` does. Raises `StoreError`.
 
     `resume` continues a replay into this store that was stopped. `cluster` is the address of a Dask scheduler, or
-    `local:N` for N processes on this machine.
+    `local:N` for N processes on this machine; without it `jobs` processes work (default: as for `mace replay`).
     """
     config = EngineConfig(timeout_ns=timeout_ms * 1_000_000, slice_ns=REPLAY_SLICE_NS)
     files = sorted((each._file for each in recordings), key=lambda one: (one.first_utc_ns, one.name))
-    into_store(files, str(directory), config, StoreConfig(), resume=resume, cluster=cluster)
+    into_store(files, str(directory), config, StoreConfig(), resume=resume, cluster=cluster, jobs=jobs or usable())
     return Store(directory)
 
 

@@ -15,6 +15,7 @@ from mace.commands.options import (
     RecordingOptions,
     SinkOptions,
     location,
+    whole_at_least,
     with_config,
     with_cpus,
     with_format,
@@ -36,7 +37,8 @@ class Options:
     store: Path | str | None
     resume: bool
     cluster: str | None
-    part_mib: float
+    jobs: int | None
+    part_mib: float | None
     cpus: bool
     sinks: SinkOptions
     config: Path | None
@@ -54,6 +56,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     with_store(parser, "write rows and windows to this store; path or URL", location)
     parser.add_argument("--resume", action="store_true", help="continue a replay into this store that was stopped")
     parser.add_argument(
+        "--jobs",
+        type=whole_at_least(1),
+        metavar="N",
+        help="number of processes that share the work (default: the cores that the command may use, fewer if memory is"
+        " short; one for a short recording)",
+    )
+    parser.add_argument(
         "--cluster",
         metavar="ADDRESS",
         help="address of a Dask scheduler whose workers do the work, or local:N for N processes on this machine",
@@ -61,9 +70,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part-mib",
         type=_mebibytes,
-        default=float(PART_MIB),
         metavar="N",
-        help="size of the parts that recordings are divided into, MiB (default %(default)g)",
+        help=f"size of the parts that recordings are divided into, MiB (default {PART_MIB}; less if a short recording"
+        " would not occupy all jobs)",
     )
     with_cpus(parser)
     with_sinks(parser)
@@ -79,7 +88,7 @@ def _mebibytes(text: str) -> float:
 
 
 def run(options: Options, console: Console) -> int:
-    """Replay the recordings and print the figures; in parts where a store, a cluster or a URL is named."""
+    """Replay the recordings and print the figures; in parts for a store, a cluster, a URL or several jobs."""
     from mace.commands import settings
 
     configured = settings.configured(options.config, cpus=options.cpus, store=options.store, sinks=options.sinks)
@@ -90,23 +99,33 @@ def run(options: Options, console: Console) -> int:
 
 def _replayed(options: Options, session: Session) -> Summary:
     from mace.commands import settings
+    from mace.replaying import jobs as processes
 
+    if options.jobs is not None and options.cluster is not None:
+        raise UsageError("--jobs is for the processes of this machine, --cluster for workers; leave out one of the two")
     if session.has_servers:
         # No parts for servers: rows that a server has stored can be neither removed nor skipped on a resume.
         return session.replay(settings.recordings(options.recordings), store=_local_store(options))
-    if options.store is None and options.cluster is None and not options.has_urls:
+    jobs = options.jobs or processes.usable()
+    files = settings.recorded_files(options.recordings)
+    part_bytes = None if options.part_mib is None else int(options.part_mib * 2**20)
+    in_parts = options.store is not None or options.cluster is not None or options.has_urls
+    if not in_parts and (jobs == 1 or (part_bytes is None and not processes.worthwhile(files, jobs))):
         return session.replay(settings.recordings(options.recordings))
     return session.replay_into(
         None if options.store is None else str(options.store),
-        settings.recorded_files(options.recordings),
+        files,
         resume=options.resume,
         cluster=options.cluster,
-        part_bytes=int(options.part_mib * 2**20),
+        jobs=jobs,
+        part_bytes=part_bytes,
     )
 
 
 def _local_store(options: Options) -> Path | None:
     """Return the store of a replay without parts. Raises `UsageError` for options that need parts."""
-    if options.resume or options.cluster is not None or options.has_urls:
-        raise UsageError("--resume, --cluster and URLs work only with the embedded store; leave out the other sinks")
+    if options.resume or options.cluster is not None or options.jobs is not None or options.has_urls:
+        raise UsageError(
+            "--resume, --jobs, --cluster and URLs work only with the embedded store; leave out the other sinks"
+        )
     return None if options.store is None else Path(options.store)

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from collector.capture.cuts import Cut, cuts
 from collector.reading.opening import is_url
 from contracts.config import StoreConfig
-from contracts.errors import CaptureError, StoreError
+from contracts.errors import CaptureError, Stopped, StoreError
 from contracts.figures import Summary
 from contracts.schema import SCHEMA_VERSION
 from contracts.topology import Device
@@ -264,6 +264,20 @@ class Assembly:
         assert self._place is not None
         self._place.write(_segment_name(table, hour, flush, len(rows)), tables.encode(rows, table).to_pybytes())
 
+    def remove_staged(self) -> None:
+        """Remove rows of parts that are not committed, when no part is under way."""
+        if self._place is not None:
+            self._place.remove(f"{UNFINISHED}/staged")
+
+    def told_progress(self) -> str:
+        """Return how many parts are committed and how to go on, for the message of a replay that ends early."""
+        parts = f"stopped after {self.parts_committed} of {self.parts_total} parts"
+        return f"{parts}; the same command with --resume continues" if self._place is not None else parts
+
+    def stopped(self) -> Stopped:
+        """Return the error of a replay that was asked to stop."""
+        return Stopped(self.told_progress())
+
     def finish(self) -> None:
         """Remove the notes, after every part was committed."""
         assert self.complete, "some parts are not committed"
@@ -347,7 +361,7 @@ class Assembly:
                 f"{self._told_place}/{UNFINISHED}: damaged: {type(error).__name__}: {error}; replay into another"
                 " directory"
             ) from error
-        place.remove(f"{UNFINISHED}/staged")
+        self.remove_staged()
 
     def _planned(self, flush: int) -> list[_RecordingParts]:
         return self._placed(flush, [self._cuts(file) for file in self._files])

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from contracts.errors import MissingExtra, SourceError, UsageError
 from mace.replaying.assembly import Assembly
-from mace.replaying.into_store import stopped
+from mace.replaying.commits import Commits
 from mace.replaying.part import PartDone, PartTask, run_part
 
 try:
@@ -102,11 +102,12 @@ class _Replay:
     def __init__(
         self, assembly: Assembly, client: Client, told: Callable[[int, int], None], stop: Callable[[], bool]
     ) -> None:
-        self._assembly, self._client, self._told, self._stop = assembly, client, told, stop
-        self._waiting: dict[tuple[int, int], PartDone] = {}
-        """Finished parts whose turn to be committed has not come."""
-        self.repeated = 0
-        """Number of parts that supposed a wrong state and were done again."""
+        self._assembly, self._client, self._stop = assembly, client, stop
+        self._commits = Commits(assembly, told)
+
+    @property
+    def repeated(self) -> int:
+        return self._commits.repeated
 
     def run(self) -> None:
         assembly = self._assembly
@@ -119,14 +120,14 @@ class _Replay:
         def fill() -> None:
             # Counted each time, because workers may join and leave.
             room = _AHEAD * max(sum(self._client.nthreads().values()), 1)
-            while len(under_way) + len(self._waiting) < room and (task := next(tasks, None)) is not None:
+            while len(under_way) + len(self._commits) < room and (task := next(tasks, None)) is not None:
                 submit(task)
 
         try:
             fill()
             while under_way:
                 if self._stop():
-                    raise stopped(assembly)
+                    raise assembly.stopped()
                 try:
                     finished = wait(under_way, timeout=_LOOK_S, return_when="FIRST_COMPLETED").done
                 except TimeoutError:
@@ -135,9 +136,7 @@ class _Replay:
                     under_way.discard(future)
                     done = self._result(future)
                     future.release()
-                    self._waiting[done.capture, done.part] = done
-                    for again in self._commit(done.capture):
-                        self.repeated += 1
+                    if (again := self._commits.add(done)) is not None:
                         submit(again)
                 fill()
         finally:
@@ -149,19 +148,3 @@ class _Replay:
         except KilledWorker as error:
             raise SourceError(f"a part has repeatedly killed its worker: {error}") from error
         return done
-
-    def _commit(self, capture: int) -> list[PartTask]:
-        """Commit a recording's finished parts in order; return the task of a part to be done again, if there is one.
-
-        Such a part began with a supposed state that was wrong; its new task has the right one.
-        """
-        assembly = self._assembly
-        while (part := assembly.next_part(capture)) is not None:
-            done = self._waiting.pop((capture, part), None)
-            if done is None:
-                return []
-            if not assembly.follows(done):
-                return [assembly.task(capture, part)]
-            assembly.commit(done)
-            self._told(assembly.bytes_committed, assembly.bytes_total)
-        return []

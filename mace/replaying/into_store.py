@@ -1,4 +1,4 @@
-"""Replays recordings into a store in parts, in this process or on workers, so that a stopped replay can resume."""
+"""Replays recordings into a store in parts, in this process or in others, so that a stopped replay can resume."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from contracts.config import Config, StoreConfig
 from contracts.errors import Stopped
 from contracts.figures import Summary
 from correlator import configured
+from mace.replaying import jobs as processes
 from mace.replaying import remaining
 from mace.replaying.assembly import PART_BYTES, Assembly
 from mace.replaying.part import MACE_FORMAT, PartDone, RecordedFile, here, run_part
@@ -75,7 +76,8 @@ class How(TypedDict, total=False):
 
     resume: bool
     cluster: str | None
-    part_bytes: int
+    jobs: int
+    part_bytes: int | None
 
 
 def into_store(
@@ -86,23 +88,38 @@ def into_store(
     *,
     resume: bool = False,
     cluster: str | None = None,
-    part_bytes: int = PART_BYTES,
+    jobs: int = 1,
+    part_bytes: int | None = None,
     told: Callable[[int, int], None] = lambda _done, _total: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Summary, list[str]]:
     """Replay files in parts into `store`, or with None compute figures only; returns the figures and warnings.
 
-    `told` is called with the bytes done and the total bytes. When `stop()` returns true the replay raises `Stopped`; a
-    later call with `resume` continues it.
+    Up to `jobs` processes work on parts at the same time, if the files are so large that this is faster (always with
+    `part_bytes`). `told` is called with the bytes done and the total bytes. When `stop()` returns true, a replay into a
+    store raises `Stopped`, and a later call with `resume` continues it; without a store, the figures of the parts done
+    are returned.
     """
-    with Assembly(files, store, engine, config, resume=resume, part_bytes=part_bytes) as assembly:
+    if part_bytes is None and cluster is None:
+        jobs = jobs if processes.worthwhile(files, jobs) else 1
+        part_bytes = processes.part_bytes(files, jobs) if jobs > 1 else PART_BYTES
+    if store is None:
+        engine = replace(engine, rows=False)
+    with Assembly(files, store, engine, config, resume=resume, part_bytes=part_bytes or PART_BYTES) as assembly:
         told(assembly.bytes_committed, assembly.bytes_total)
-        if cluster is not None:
-            from mace.replaying import cluster as workers  # noqa: PLC0415 (an extra, and slow to import)
+        try:
+            if cluster is not None:
+                from mace.replaying import cluster as workers  # noqa: PLC0415 (an extra, and slow to import)
 
-            workers.replay(assembly, cluster, told, stop)
-        else:
-            _in_turn(assembly, told, stop)
+                workers.replay(assembly, cluster, told, stop)
+            elif min(jobs, assembly.parts_total - assembly.parts_committed) > 1:
+                processes.replay(assembly, jobs, told, stop)
+            else:
+                _in_turn(assembly, told, stop)
+        except Stopped as early:
+            if store is not None:
+                raise
+            return assembly.summary(), [*assembly.warnings, f"{early}: the figures are of these"]
         assembly.finish()
         return assembly.summary(), assembly.warnings
 
@@ -114,20 +131,12 @@ def _in_turn(assembly: Assembly, told: Callable[[int, int], None], stop: Callabl
 
         def reading(read: int, _records: int, before: int = before) -> None:
             if stop():
-                raise stopped(assembly)
+                raise assembly.stopped()
             told(before + read, assembly.bytes_total)
 
         done: PartDone = run_part(replace(task, overlap=True), reading)
         assembly.commit(done)
         told(assembly.bytes_committed, assembly.bytes_total)
-
-
-def stopped(assembly: Assembly) -> Stopped:
-    """Return the error that says how many parts are committed."""
-    return Stopped(
-        f"stopped after {assembly.parts_committed} of {assembly.parts_total} parts;"
-        " the same command with --resume continues"
-    )
 
 
 @contextmanager
@@ -203,6 +212,6 @@ def replayed(files: Sequence[RecordedFile], settings: Config, *, quiet: bool, st
             # Named after the first recording, because a report prints the store's name as its heading.
             made = Path(folder) / files[0].name.rsplit("/", 1)[-1]
             store = StoreConfig(sync=False)
-            _, warnings = into_store(files, str(made), engine, store, told=told, stop=stop)
+            _, warnings = into_store(files, str(made), engine, store, jobs=processes.usable(), told=told, stop=stop)
         terminal.warn(console, warnings)
         yield made

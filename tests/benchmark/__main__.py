@@ -79,6 +79,7 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "text_read": text.read,
     "pcap_pairs": pcap_pairs.read,
     "replay_10gb": replaying.replay_10gb,
+    "replay_jobs": replaying.replay_jobs,
     "dask_scaling": replaying.dask_scaling,
     "serve": page.run,
 }

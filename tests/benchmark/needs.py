@@ -53,6 +53,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "text_read": (),
     "pcap_pairs": ("tcpdump",),
     "replay_10gb": (),
+    "replay_jobs": (),
     "dask_scaling": (),
     "serve": ("chromium",),
 }

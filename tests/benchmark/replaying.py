@@ -1,4 +1,4 @@
-"""Replays of long captures into a store: in bounded memory, stopped and resumed, and on Dask workers.
+"""Replays of long captures into a store: in bounded memory, stopped and resumed, by several jobs, on Dask workers.
 
     MACE_BENCH_REPLAY_MB=10000 ./dev bench replay_10gb      size of the capture; the default takes some seconds
     MACE_BENCH_FOLDER=/where/there/is/room                  folder, three times the size; default: temporary folder
@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from contracts.config import Config, StoreConfig
 from contracts.errors import UsageError
 from correlator import configured
 from mace.replaying.into_store import files_at, into_store
+from mace.replaying.jobs import SMALLEST_PART
 from mace.replaying.remaining import Remaining
 from tests.benchmark.figures import figure
 from tests.made_capture import HEADER, TOPOLOGY, batches, traffic
@@ -33,6 +35,7 @@ from tests.places import ROOT
 
 REPLAY_MB = int(os.environ.get("MACE_BENCH_REPLAY_MB", "200"))
 SCALING_MB = int(os.environ.get("MACE_BENCH_SCALING_MB", "160"))
+JOBS_MB = int(os.environ.get("MACE_BENCH_JOBS_MB", "32"))
 ROUNDS = int(os.environ.get("MACE_BENCH_ROUNDS", "3"))
 _CHUNK_RECORDS = 2_000_000
 _NOTE_S = 0.5
@@ -128,6 +131,38 @@ def _child(capture: Path, store: Path) -> tuple[float, list[tuple[float, int, in
     if process.returncode:
         raise UsageError(f"the replay ended with status {process.returncode}")
     return usage.ru_maxrss / 1024, points
+
+
+def replay_jobs() -> list[dict[str, Any]]:
+    """Compare one job and two on the same captures, in turns: a long one, and one that is hardly worth two processes.
+
+    The long capture has 6.5 million records by default (`MACE_BENCH_JOBS_MB=32`). `peer` is one job. The start of the
+    worker processes is included, that of this process is not.
+    """
+    with _room(JOBS_MB) as place:
+        found = []
+        for name, size in (("replay_jobs", JOBS_MB * 1_000_000), ("replay_jobs_short", 2 * SMALLEST_PART + (1 << 16))):
+            capture = place / f"{name}.mace"
+            records = grown(capture, size)
+            rates: dict[int, list[float]] = {1: [], 2: []}
+            for turn in range(ROUNDS):
+                for jobs, into in rates.items():
+                    into.append(records / _with_jobs(capture, place / f"{name}-{turn}-{jobs}", jobs))
+            found.append(
+                figure(name, "records/s", rates[2], "one job", statistics.median(rates[1]))
+                | {"records": records, "one_job_spread": [round(min(rates[1])), round(max(rates[1]))]}
+            )
+        return found
+
+
+def _with_jobs(capture: Path, store: Path, jobs: int) -> float:
+    """Replay once as the command line does, and return the seconds that it took."""
+    begin = time.perf_counter()
+    into_store(files_at([capture]), str(store), configured.replayed(Config().correlate), StoreConfig(), jobs=jobs)
+    seconds = time.perf_counter() - begin
+    shutil.rmtree(store)
+    print(f"bench: {capture.name}, {jobs} jobs: {seconds:.2f} s", file=sys.stderr)
+    return seconds
 
 
 def dask_scaling() -> list[dict[str, Any]]:
