@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from contracts.channel import Channel, ClosedError
 from contracts.config import StoreConfig
@@ -30,7 +31,9 @@ from contracts.vitals import Vitals
 from correlator.engine import Engine, EngineConfig
 from correlator.feeder import Feeder
 from correlator.stage import correlate
-from storage.embedded import EmbeddedStore
+
+if TYPE_CHECKING:
+    from storage.embedded import EmbeddedStore
 
 _CHANNEL_ITEMS = 4
 """Capacity of a channel. A source yields an item every 50 to 250 ms, so four items are at most a second."""
@@ -236,6 +239,8 @@ def embedded_store(
 
     `cpus` reads this machine's CPUs, whose readings are stored, too.
     """
+    from storage.embedded import EmbeddedStore  # noqa: PLC0415 (loads Arrow, which a run without a store does not need)
+
     return EmbeddedStore(
         path,
         rows=rows,

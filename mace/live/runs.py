@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from collector.files import LocalRecording
 from collector.live.filter import unfiltered
 from contracts.config import Config
 from contracts.cpus import CpuReadings
@@ -32,6 +32,9 @@ from mace.live.first import FirstThatOpens
 from mace.live.pipeline import Stop
 from storage import SINKS, wanted_sinks
 from storage.shared import Alone
+
+if TYPE_CHECKING:
+    from collector.files import LocalRecording
 
 Until = Callable[[], Awaitable[object]]
 """Returns an awaitable whose end ends the run; it is called when the source is open."""

@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import TypeVar, Unpack
+from typing import TYPE_CHECKING, TypeVar, Unpack
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from collector.files import LocalRecording
 from collector.memory import keep_freed_memory
 from contracts.config import Config
 from contracts.figures import Summary
@@ -28,11 +27,15 @@ from correlator import configured
 from mace.live import pipeline, runs
 from mace.live.pipeline import Stop
 from mace.live.runs import Until
-from mace.replaying.into_store import How, asked_to_stop, bar, into_store
-from mace.replaying.part import RecordedFile
+from mace.replaying.progress import asked_to_stop, bar
 from mace.shown import tables
 from mace.shown.terminal import styled, warn
 from storage.capture import CaptureSink
+
+if TYPE_CHECKING:
+    from collector.files import LocalRecording
+    from mace.replaying.into_store import How
+    from mace.replaying.part import RecordedFile
 
 T = TypeVar("T")
 
@@ -178,6 +181,8 @@ class Session:
 
     def replay_into(self, store: str | None, files: Sequence[RecordedFile], **how: Unpack[How]) -> Summary:
         """Replay recordings in parts, into a store or on a cluster, so that a stopped replay can be resumed."""
+        from mace.replaying.into_store import into_store  # noqa: PLC0415 (loads Arrow, which no other run needs)
+
         engine = configured.replayed(self._config.correlate)
         with asked_to_stop() as stop, bar(self._console, quiet=self._quiet) as told:
             summary, warnings = into_store(files, store, engine, self._config.store, told=told, stop=stop, **how)

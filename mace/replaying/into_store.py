@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, TypedDict
-
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.text import Text
+from typing import TYPE_CHECKING, TypedDict
 
 from collector.capture.source import describe
 from collector.files import BY_NAME, FileOptions, LocalRecording, recording
@@ -24,9 +17,9 @@ from contracts.errors import Stopped
 from contracts.figures import Summary
 from correlator import configured
 from mace.replaying import jobs as processes
-from mace.replaying import remaining
 from mace.replaying.assembly import PART_BYTES, Assembly
 from mace.replaying.part import MACE_FORMAT, PartDone, RecordedFile, here, run_part
+from mace.replaying.progress import asked_to_stop, bar
 from mace.shown import terminal
 
 if TYPE_CHECKING:
@@ -137,66 +130,6 @@ def _in_turn(assembly: Assembly, told: Callable[[int, int], None], stop: Callabl
         done: PartDone = run_part(replace(task, overlap=True), reading)
         assembly.commit(done)
         told(assembly.bytes_committed, assembly.bytes_total)
-
-
-@contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns whether SIGINT or SIGTERM has arrived in the block.
-
-    A second signal has the effect of the previous handler, which usually ends the process.
-    """
-    asked = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        del frame
-        asked = True
-        signal.signal(number, before[number])
-
-    before: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class _TimeLeft(ProgressColumn):
-    """A column of the progress bar with the estimate of `mace.replaying.remaining`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left: remaining.Remaining | None = None
-
-    def render(self, task: Task) -> Text:
-        del task
-        seconds = self.left.seconds(time.monotonic()) if self.left is not None else None
-        return Text(f"{remaining.told(seconds)} left", style="progress.remaining")
-
-
-@contextmanager
-def bar(console: Console, *, quiet: bool, what: str = "replay") -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar labelled `what`; yields the function to pass to `into_store` as `told`."""
-    column = _TimeLeft()
-    shown = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        column,
-        console=console,
-        transient=True,
-        disable=quiet or not console.is_terminal,
-    )
-    task = shown.add_task(what, total=None)
-
-    def told(done: int, total: int) -> None:
-        if column.left is None:
-            column.left = remaining.Remaining(total, done, time.monotonic())
-        column.left.update(done, time.monotonic())
-        shown.update(task, completed=done, total=total)
-
-    with shown:
-        yield told
 
 
 @contextmanager

@@ -59,6 +59,7 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "vs_bpftrace_text": versus.bpftrace_text,
     "live_flood": live.under_flood,
     "live_dead_database": live.dead_database,
+    "windows_memory": live.windows_memory,
     "visibility": live.visibility,
     "live_soak": live.soak,
     "host_rtt_bias": host_rtt.run,

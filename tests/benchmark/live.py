@@ -22,6 +22,7 @@ FLOODED = ("ftrace", "bpf")
 SOAK_S = float(os.environ.get("MACE_BENCH_SOAK_S", "600"))
 DEAD_S = 60.0
 PROBES = 40
+WINDOWS_ROUNDS, WINDOWS_S = 3, 4.0
 
 
 @contextmanager
@@ -100,6 +101,22 @@ def _flood_figures(name: str, floods: list[_Flooded]) -> list[dict[str, Any]]:
         figure(f"{name}_cpu", "cores", [each.cpu_s / FLOOD_S for each in floods]),
         figure(f"{name}_rss", "MiB", [each.peak_mib for each in floods]),
     ]
+
+
+def windows_memory() -> list[dict[str, Any]]:
+    """Peak memory of a run that keeps windows only and has no store; target: 60 MiB on a quiet host."""
+    quiet, paced = [], []
+    for _ in range(WINDOWS_ROUNDS):
+        with running(Spec(name="windows", containers=2)) as lab:
+            argv = [*MACE, "run", "--lab", lab.name, "--no-store", "--no-rows", "--source", "ftrace", "--json"]
+            with subprocess.Popen(argv, stdout=subprocess.DEVNULL, cwd=ROOT) as run:
+                time.sleep(WINDOWS_S)
+                quiet.append(peak_mib(run.pid))
+                for flow in _paced(lab, WINDOWS_S):
+                    flow.wait()
+                paced.append(peak_mib(run.pid))
+                run.terminate()
+    return [figure("windows_memory", "MiB", quiet), figure("windows_memory_paced", "MiB", paced)]
 
 
 def soak() -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "vs_bpftrace_text": (*LAB, "bpftrace"),
     "live_flood": LAB,
     "live_dead_database": (*LAB, "influxd"),
+    "windows_memory": LAB,
     "visibility": (*LAB, "influxd"),
     "live_soak": LAB,
     "host_rtt_bias": LAB,

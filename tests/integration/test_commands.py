@@ -128,11 +128,15 @@ def test_a_terminal_shows_a_table_while_it_runs():
                 flow = lab.start_ping("c1", count=2_000, interval_s=0.01)
                 wait_for(lambda: re.search(r"c1 +egress +\d", told()) and "ledger: records" in told(), what="a table")
                 assert run.poll() is None
+                libraries = Path(f"/proc/{run.pid}/maps").read_text()
                 flow.close()
             finally:
                 run.terminate()
                 out, _ = run.communicate(timeout=60)
     assert run.returncode == 0
+    # Without a store, a run spares the 30 MiB of Arrow.
+    assert "numpy" in libraries
+    assert not re.search(r"arrow|duckdb", libraries)
     # The result is on stdout, once.
     assert out.decode().count("Time of each packet in the container's devices") == 1
 

@@ -69,7 +69,7 @@ def run(options: Options, console: Console) -> int:
     from correlator import configured
     from mace.commands import settings
     from mace.replaying import export
-    from mace.replaying.into_store import bar
+    from mace.replaying.progress import bar
     from mace.shown.terminal import warn
 
     if options.worst is not None and not 1 <= options.worst <= export.MOST_CHOSEN:

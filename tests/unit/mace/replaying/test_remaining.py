@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mace.replaying.into_store import bar
+from mace.replaying.progress import bar
 from mace.replaying.remaining import KNOWN_AFTER_S, WINDOW_S, Remaining, told
 
 
