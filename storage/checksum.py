@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 KEY: Final = b"mace.crc32"
 _DIGITS: Final = 8
-_NO_SUM: Final = b"0" * _DIGITS
+NO_SUM: Final = b"0" * _DIGITS
 _ENTRY: Final = b"\x18" + bytes([len(KEY)]) + KEY + b"\x18" + bytes([_DIGITS])
 """The entry in the footer (Thrift's compact protocol): the key as a string, and the header of a string of 8 bytes."""
 _BATCH_ROWS: Final = 1 << 16
@@ -39,7 +39,7 @@ class SegmentWriter:
     """
 
     def __init__(self, sink: Any, schema: pa.Schema, **options: Any) -> None:
-        self._sum = _SummingSink(sink)
+        self._sum = SummingSink(sink)
         self._writer = pq.ParquetWriter(self._sum, schema, write_page_checksum=True, **options)
 
     def write(self, rows: pa.Table, row_group_size: int) -> None:
@@ -50,14 +50,14 @@ class SegmentWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
-        self._writer.add_key_value_metadata({KEY: _NO_SUM})
+        self._writer.add_key_value_metadata({KEY: NO_SUM})
         self._sum.hold()
         self._writer.close()
         if kind is None:
             self._sum.release()
 
 
-class _SummingSink:
+class SummingSink:
     """Computes the sum of the bytes written, and holds back the footer until the sum is inserted into it."""
 
     closed = False
@@ -67,7 +67,7 @@ class _SummingSink:
         self._crc = 0
         self._held: bytearray | None = None
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         self._crc = zlib.crc32(data, self._crc)
         if self._held is None:
             self._sink.write(data)
@@ -103,13 +103,18 @@ class _SummingSink:
 
 def bears_sum(path: Path) -> bool:
     """Return whether the file has a checksum. OSErrors pass."""
-    with closing(_mapped(path)) as data:
-        return _digits_at(data) is not None
+    with closing(mapped(path)) as data:
+        return has_sum(data)
+
+
+def has_sum(data: Any) -> bool:
+    """Return whether a file's bytes (or a mapping of them) have a checksum."""
+    return _digits_at(data) is not None
 
 
 def mismatch(path: Path) -> str:
     """Return how a file differs from its checksum; "" if it does not, or has none. OSErrors pass."""
-    with closing(_mapped(path)) as data:
+    with closing(mapped(path)) as data:
         return mismatch_of(data)
 
 
@@ -120,7 +125,7 @@ def mismatch_of(data: Any) -> str:
         return ""
     with memoryview(data) as view:
         crc = zlib.crc32(view[:at])
-        crc = zlib.crc32(_NO_SUM, crc)
+        crc = zlib.crc32(NO_SUM, crc)
         crc = zlib.crc32(view[at + _DIGITS :], crc)
     written, found = bytes(data[at : at + _DIGITS]), b"%08x" % crc
     if found == written:
@@ -143,7 +148,8 @@ def damage(path: Path) -> str:
     return ""
 
 
-def _mapped(path: Path) -> Any:
+def mapped(path: Path) -> Any:
+    """Return a mapping of a file's bytes, for reading, which the caller closes. OSErrors pass."""
     with path.open("rb") as file:
         try:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeVar
@@ -39,7 +40,8 @@ from contracts.schema import SCHEMA_VERSION, Delays
 from contracts.topology import Device, newest_names
 from contracts.windowtable import WindowTable
 from storage import segments, tables
-from storage.checksum import SegmentWriter, mismatch
+from storage.checksum import has_sum, mapped, mismatch_of
+from storage.joining import Joiner, NotAlike
 from storage.ownership import NO_LINK, open_new, refuse_foreign
 from storage.segments import (
     HOUR_NS,
@@ -499,37 +501,42 @@ class EmbeddedStore:
         )
 
     def _copy(self, group: list[SegmentFile], target: Path, rows: int) -> None:
-        """Write the rows of a group to `target`. Notes a damaged segment in `_damaged` and raises `StoreError`."""
-        schema = tables.SCHEMAS[group[0].table]
-        names = [f.name for f in schema if pa.types.is_dictionary(f.type)]
-        most = segments.MERGE_BATCH_ROWS // segments.ROW_WEIGHT[group[0].table]
-        waiting: list[pa.Table] = []
-        waits = written = 0
+        """Write the rows of a group to `target`. Notes a damaged segment in `_damaged` and raises `StoreError`.
 
-        def write_out(writer: SegmentWriter) -> None:
-            nonlocal waits, written
+        Pages of large segments are moved. Rows of small segments are decoded, and encoded in larger row groups.
+        """
+        table = group[0].table
+        most = segments.MERGE_BATCH_ROWS // segments.ROW_WEIGHT[table]
+        waiting: list[pa.Table] = []
+        waits = 0
+
+        def write_out(joiner: Joiner) -> None:
+            nonlocal waits
             if waits:
                 # One dictionary per row group: with several, Parquet falls back to plain strings.
                 whole = pa.concat_tables(waiting).unify_dictionaries().combine_chunks()
-                writer.write(whole, most)
-                written += waits
                 waiting.clear()
                 waits = 0
+                joiner.add(tables.encode(whole, table, most).to_pybytes())
 
-        options = tables.parquet_options(group[0].table)
-        with open_new(target) as sink, SegmentWriter(sink, schema, **options) as writer:
+        with open_new(target) as sink, Joiner(sink, tables.nothing_encoded(table)) as joiner:
             for each in group:
                 try:
-                    # Verified before its rows get a new checksum.
-                    if why := mismatch(each.path):
-                        raise pa.ArrowInvalid(why)
-                    with pq.ParquetFile(each.path, read_dictionary=names) as file:
-                        batches = file.iter_batches(batch_size=most, use_threads=False)
-                        for batch in batches:
-                            waiting.append(tables.grown(pa.Table.from_batches([batch]), group[0].table))
-                            waits += len(batch)
-                            if waits >= most:
-                                write_out(writer)
+                    with closing(mapped(each.path)) as data:
+                        # Verified before its rows get a new checksum.
+                        if why := mismatch_of(data):
+                            raise pa.ArrowInvalid(why)
+                        # Without a checksum, only decoding can find damage.
+                        if segments.movable(each) and has_sum(data):
+                            write_out(joiner)
+                            with suppress(NotAlike):
+                                joiner.add(data)
+                                continue
+                    for batch in self._decoded(each, most):
+                        waiting.append(batch)
+                        waits += len(batch)
+                        if waits >= most:
+                            write_out(joiner)
                 except FileNotFoundError:
                     raise
                 except (pa.ArrowInvalid, OSError) as e:
@@ -537,6 +544,13 @@ class EmbeddedStore:
                         self._damaged.add(each.path)
                         raise StoreError(f"{each.path}: damaged: {e}") from e
                     raise
-            write_out(writer)
-        if written != rows:
-            raise StoreError(f"{target}: {written} rows where the segments' names promise {rows}")
+            write_out(joiner)
+        if joiner.rows != rows:
+            raise StoreError(f"{target}: {joiner.rows} rows where the segments' names promise {rows}")
+
+    def _decoded(self, segment: SegmentFile, most: int) -> Iterator[pa.Table]:
+        """Yield a segment's rows, at most `most` at a time, with the columns of today."""
+        names = [f.name for f in tables.SCHEMAS[segment.table] if pa.types.is_dictionary(f.type)]
+        with pq.ParquetFile(segment.path, read_dictionary=names) as file:
+            for batch in file.iter_batches(batch_size=most, use_threads=False):
+                yield tables.grown(pa.Table.from_batches([batch]), segment.table)

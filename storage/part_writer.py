@@ -7,15 +7,13 @@ is written to after its file was closed gets another file, and all files of an h
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from contracts.arrays import Ints
 from contracts.cpus import StagePlace
@@ -26,6 +24,7 @@ from contracts.topology import Device
 from contracts.windowtable import WindowTable
 from storage import tables
 from storage.checksum import SegmentWriter
+from storage.joining import Joiner
 from storage.places import Place
 from storage.segments import by_hour
 
@@ -212,21 +211,13 @@ class PartWriter:
 
     def _join(self, table: str, file: _File) -> None:
         """Join the row groups of an hour's files in one file."""
-        names, file.names = file.names, []
-        self._begin(table, file, names[0].removesuffix(".parquet") + "-joined.parquet")
-        try:
+        names, joined = file.names, file.names[0].removesuffix(".parquet") + "-joined.parquet"
+        with self._place.sink(joined) as sink, Joiner(sink, tables.nothing_encoded(table)) as joiner:
             for name in names:
-                for rows in self._row_groups(name):
-                    file.writer.write(rows, tables.ROW_GROUP_ROWS)
-        finally:
-            file.close()
+                joiner.add(self._place.read(name) or b"")
+        file.names = [joined]
         for name in names:
             self._place.remove(name)
-
-    def _row_groups(self, name: str) -> Iterator[pa.Table]:
-        with pq.ParquetFile(io.BytesIO(self._place.read(name) or b"")) as written:
-            for number in range(written.num_row_groups):
-                yield written.read_row_group(number)
 
     def _cannot(self, error: OSError) -> StoreError:
         return StoreError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
+from functools import cache
 from typing import Any, Final, Self
 
 import numpy as np
@@ -257,12 +258,19 @@ def parquet_options(table: str) -> dict[str, Any]:
     }
 
 
-def encode(rows: pa.Table, table: str) -> pa.Buffer:
+def encode(rows: pa.Table, table: str, row_group_rows: int = ROW_GROUP_ROWS) -> pa.Buffer:
     """Return rows of a table as the bytes of a Parquet file."""
     sink = pa.BufferOutputStream()
     with SegmentWriter(sink, rows.schema, **parquet_options(table)) as writer:
-        writer.write(rows, ROW_GROUP_ROWS)
+        writer.write(rows, row_group_rows)
     return sink.getvalue()
+
+
+@cache
+def nothing_encoded(table: str) -> bytes:
+    """Return a Parquet file of a table without rows, whose schema and metadata all its segments have."""
+    data: bytes = encode(SCHEMAS[table].empty_table(), table).to_pybytes()
+    return data
 
 
 def _names(enum: type[IntEnum]) -> list[str]:

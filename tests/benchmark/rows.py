@@ -2,6 +2,8 @@
 
 store_write         rows/s into synced segments, on one core; the peer is Parquet as pyarrow writes it by default
 store_row_size      bytes a row in the store; the same peer
+store_merge         rows/s of merging segments with 65,536 rows each, a second of a host with 130,000 events/s; the peer
+                    decodes and encodes the rows
 store_summary       s for the figures of all devices from 10 million rows
 """
 
@@ -16,7 +18,7 @@ import pyarrow.parquet as pq
 from storage import segments
 from storage.embedded import EmbeddedStore
 from storage.query import StoreReader
-from storage.tables import delays_table
+from storage.tables import ROW_GROUP_ROWS, delays_table
 from tests.benchmark.figures import figure, folder, one_core, rounds
 from tests.made_results import HEADER, make_delays, make_results, topology
 
@@ -47,6 +49,9 @@ def run() -> list[dict[str, Any]]:
             stored, plain = rounds(ours, ROUNDS), rounds(default, ROUNDS)
         size = sum(s.path.stat().st_size for s in segments.listing(place / "store0", "delays"))
         plain_size = sum(p.stat().st_size for p in place.glob("plain*.parquet"))
+        with one_core():
+            merged = rounds(lambda: _merge(batches, segments.MOVED_ROWS), ROUNDS)
+            encoded = rounds(lambda: _merge(batches, len(delays)), ROUNDS)
         large = place / "large"
         asyncio.run(_store(large, batches * (SUMMARY_ROWS // len(delays))))
         took = rounds(lambda: _summarize(large), ROUNDS)
@@ -54,14 +59,30 @@ def run() -> list[dict[str, Any]]:
     return [
         figure("store_write", "rows/s", stored, peer, sorted(plain)[ROUNDS // 2]),
         figure("store_row_size", "bytes", [size / len(delays)], peer, plain_size / len(delays)),
+        figure("store_merge", "rows/s", merged, "decoded and encoded", sorted(encoded)[ROUNDS // 2]),
         figure("store_summary", "s", took),
     ]
 
 
-async def _store(path: Path, batches: list[Any]) -> float:
+def _merge(batches: list[Any], moved_rows: int) -> float:
+    """Return the rows/s of merging with another `segments.MOVED_ROWS`."""
+    before, segments.MOVED_ROWS = segments.MOVED_ROWS, moved_rows  # type: ignore[misc]
+    try:
+        with folder() as path:
+            asyncio.run(_store(path / "store", batches, BATCH_ROWS))
+            sink = EmbeddedStore(path / "store")
+            begin = time.perf_counter()
+            sink.merge()
+            seconds = time.perf_counter() - begin
+            return sum(s.rows for s in segments.listing(path / "store", "delays") if s.last > s.first) / seconds
+    finally:
+        segments.MOVED_ROWS = before  # type: ignore[misc]
+
+
+async def _store(path: Path, batches: list[Any], flush_rows: int = ROW_GROUP_ROWS) -> float:
     results = [make_results(each, containers=CONTAINERS, packets=1) for each in batches]
     begin = time.perf_counter()
-    sink = EmbeddedStore(path)
+    sink = EmbeddedStore(path, flush_rows=flush_rows)
     await sink.open(HEADER)
     for each in results:
         await sink.write(each)
