@@ -35,7 +35,7 @@ from tests.places import ROOT
 
 REPLAY_MB = int(os.environ.get("MACE_BENCH_REPLAY_MB", "200"))
 SCALING_MB = int(os.environ.get("MACE_BENCH_SCALING_MB", "160"))
-JOBS_MB = int(os.environ.get("MACE_BENCH_JOBS_MB", "32"))
+JOBS_MB = int(os.environ.get("MACE_BENCH_JOBS_MB", "48"))
 ROUNDS = int(os.environ.get("MACE_BENCH_ROUNDS", "3"))
 _CHUNK_RECORDS = 2_000_000
 _NOTE_S = 0.5
@@ -136,7 +136,7 @@ def _child(capture: Path, store: Path) -> tuple[float, list[tuple[float, int, in
 def replay_jobs() -> list[dict[str, Any]]:
     """Compare one job and two on the same captures, in turns: a long one, and one that is hardly worth two processes.
 
-    The long capture has 6.5 million records by default (`MACE_BENCH_JOBS_MB=32`). `peer` is one job. The start of the
+    The long capture has 10 million records by default (`MACE_BENCH_JOBS_MB=48`). `peer` is one job. The start of the
     worker processes is included, that of this process is not.
     """
     with _room(JOBS_MB) as place:

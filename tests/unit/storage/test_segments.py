@@ -129,7 +129,7 @@ def test_a_group_is_no_larger_than_a_merged_segment_may_be():
     assert sum(map(len, groups)) == 20
     assert all(sum(s.rows for s in g) <= MERGED_ROWS for g in groups)
     # In an hour that may still grow, a full group is merged at once.
-    assert mergeable(made(rows))[0] == made(rows)[:8]
+    assert mergeable(made(rows))[0] == made(rows)[: MERGED_ROWS // FULL_ROWS]
 
 
 def test_a_damaged_segment_is_not_merged():
