@@ -34,7 +34,7 @@ JOB_BYTES: Final = 512 << 20
 """Memory for a job: a worker with parts of `PART_BYTES` peaks at some 420 MiB."""
 SMALLEST_PART: Final = 16 << 20
 """Smallest part that is made to occupy a job, bytes: 3.4 million records with content, some 1.3 s of work. A worker
-takes 0.5 s to start, and 0.15 s to suppose a state, so a recording of less than two such parts stays in this process."""
+takes 0.3 s to start, and 0.15 s to suppose a state, so a recording of less than two parts stays in this process."""
 _PARTS_A_JOB: Final = 2
 """Parts a job that a short recording is divided into, so that no job waits long for the last part of another."""
 _AHEAD: Final = 4
