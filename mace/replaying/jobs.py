@@ -35,8 +35,6 @@ JOB_BYTES: Final = 512 << 20
 SMALLEST_PART: Final = 16 << 20
 """Smallest part that is made to occupy a job, bytes: 3.4 million records with content, some 1.3 s of work. A worker
 takes 0.3 s to start, and 0.15 s to suppose a state, so a recording of less than two parts stays in this process."""
-_PARTS_A_JOB: Final = 2
-"""Parts a job that a short recording is divided into, so that no job waits long for the last part of another."""
 _AHEAD: Final = 4
 """Parts in progress or waiting for their commit, per job: the staged rows stay small."""
 _LOOK_S: Final = 0.2
@@ -64,9 +62,9 @@ def _available_bytes() -> int | None:
 
 
 def part_bytes(files: Sequence[RecordedFile], jobs: int) -> int:
-    """Return the size of parts with which short recordings occupy all jobs, and long ones have `PART_BYTES`."""
+    """Return the size of parts: `PART_BYTES`, or of short recordings a part for each job, to suppose few states."""
     total = sum(file.bytes_total for file in files)
-    return min(PART_BYTES, max(SMALLEST_PART, total // (_PARTS_A_JOB * jobs)))
+    return min(PART_BYTES, max(SMALLEST_PART, total // jobs))
 
 
 def worthwhile(files: Sequence[RecordedFile], jobs: int) -> bool:
