@@ -5,6 +5,7 @@ An option's name means the same in every command:
     --container, --netns, --pid     the container, its network namespace by name or path, a process in it
     --device, --protocol, --sample  the packets to record
     --lab                           the test network to measure, instead of the machine
+    --seal                          the private key that seals what is written
     --store                         the directory of the store, to read or to write
     -o, --output · --record         the file to write · a capture file to write as well
     --format, --json                how results are printed; --json is short for --format json
@@ -216,6 +217,16 @@ def with_store(parser: argparse.ArgumentParser, meaning: str, kind: Callable[[st
 def with_record(parser: argparse.ArgumentParser) -> None:
     """Add `record`, a capture file to write in addition to the results."""
     parser.add_argument("--record", type=Path, metavar="FILE", help="also write the raw stream to a capture file")
+
+
+def with_seal(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add `seal`, the key that signs statements of what is written."""
+    parser.add_argument(
+        "--seal",
+        type=Path,
+        metavar="KEY",
+        help=f"seal {what} with this Ed25519 private key (PEM), for `mace verify-seal`",
+    )
 
 
 def with_output(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,61 @@
+"""What a report says of seals and clocks."""
+
+import json
+from dataclasses import replace
+
+from contracts.clock import KernelClock
+from mace import cli
+from mace.shown import evidence
+from storage.sealing.places import seal_path
+from tests.made_results import HEADER, make_delays, make_results
+from tests.sealing import new_key
+from tests.unit.storage.stored import fill
+
+
+def report(root, capsys, *options):
+    assert cli.main(["report", "--store", str(root), *options]) == 0
+    return capsys.readouterr().out
+
+
+def with_kernel(run, state="synchronised", max_error_ns=2_345_000):
+    clock = replace(HEADER.clock, kernel=KernelClock(state, max_error_ns, 12_000))
+    return replace(HEADER, run=run, clock=clock)
+
+
+def test_a_report_ends_with_the_seal_and_the_clock(tmp_path, capsys, monkeypatch):
+    root = tmp_path / "store"
+    key = new_key(tmp_path)
+    fill(root, [make_results(make_delays(5))], head=with_kernel("run-1"), seal=key)
+    out = report(root, capsys)
+    seal, clock = out.splitlines()[-2:]
+    assert seal.startswith(f"{root}: seal intact: 3 segments, ")
+    assert seal.endswith(f"key {key.public.fingerprint} (not compared with a key of yours)")
+    assert clock == (
+        "clocks: UTC - CLOCK_MONOTONIC = 1,749,999,999,999,999,000 ± 50 ns; the kernel calls its UTC synchronised, off"
+        " by at most 2.345 ms, by its estimate 0.012 ms"
+    )
+    found = json.loads(report(root, capsys, "--json"))
+    assert found["seals"][0]["state"] == "intact"
+    assert found["clocks"][0]["kernel"] == {"state": "synchronised", "max_error_ns": 2_345_000, "est_error_ns": 12_000}
+    monkeypatch.setattr(evidence, "VERIFIED_BYTES", 1_000)
+    assert f"not verified here (0 MiB): mace verify-seal {root}" in report(root, capsys)
+
+
+def test_a_report_names_a_broken_seal(tmp_path, capsys):
+    root = tmp_path / "store"
+    fill(root, [make_results(make_delays(5))], seal=new_key(tmp_path))
+    [delays] = root.glob("delays/*/*/*.parquet")
+    delays.unlink()
+    assert f"missing: segment {delays.relative_to(root)}" in report(root, capsys)
+    seal_path(root).write_bytes(b"hello\n")
+    assert "sealed, but the seal cannot be verified: " in report(root, capsys)
+
+
+def test_clocks_of_several_runs_are_one_line(tmp_path, capsys):
+    fill(tmp_path, [], head=with_kernel("a"))
+    fill(tmp_path, [], head=with_kernel("b", "unsynchronised", 16_000_000_000))
+    fill(tmp_path, [], run="c")
+    assert report(tmp_path, capsys).splitlines()[-1] == (
+        "clocks of 3 runs: UTC - CLOCK_MONOTONIC known to ± 50 ns; the kernels' UTC: synchronised 1, unsynchronised 1,"
+        " not recorded 1, off by at most 16,000.000 ms"
+    )
