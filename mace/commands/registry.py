@@ -56,6 +56,7 @@ COMMANDS: Final = (
     Command("store check", "compare every segment of a store with its checksum, and read all rows"),
     Command("verify-seal", "compare a sealed recording or store with its seal, and name every difference"),
     Command("export perfetto", "write recordings as a Perfetto trace, a timeline of packets"),
+    Command("export otlp", "write recordings as OpenTelemetry traces, a trace for each packet"),
     Command("verify", "send numbered packets in scenarios and count how often the matching is right (root)"),
     Command("hooks", "where packets are observed"),
 )

@@ -50,6 +50,7 @@ ARGUMENTS = {
     "correct": ["said.txt", "x.mace"],
     "wrap": ["--pid", "1", "dig"],
     "verify-seal": ["x.mace"],
+    "export otlp": ["x.mace", "-o", "x.jsonl"],
     "export perfetto": ["x.mace", "-o", "x.pftrace"],
 }
 """Required arguments of commands; other commands have none."""

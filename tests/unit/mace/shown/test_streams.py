@@ -49,6 +49,7 @@ COMMANDS = {
     "serve": (["serve", "--store", "{tmp}/nosuch"], 1),
     "query": (["query", "--store", "{store}", SQL], 0),
     "export perfetto": (["export", "perfetto", CAPTURE, "--force", "-o", "{tmp}/x.pftrace"], 0),
+    "export otlp": (["export", "otlp", CAPTURE, "--force", "-o", "{tmp}/x.jsonl"], 0),
     "verify": (["verify", "plain"], 1),
     "store check": (["store", "check", "--store", "{store}"], 0),
     "verify-seal": (["verify-seal", "{sealed}"], 0),
