@@ -294,6 +294,7 @@ def test_too_many_requests_at_once_are_refused_at_once(path):
     assert reader.view("runs", Asked()).columns["run"] == ["run-1"]
 
 
+@pytest.mark.slow
 def test_a_thousand_connections_leave_the_page_working(port):
     opened = []
     try:
