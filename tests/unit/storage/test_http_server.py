@@ -124,6 +124,7 @@ def test_an_answer_that_nobody_reads_is_ended():
         assert get(server)[2] == b"here"
 
 
+@pytest.mark.slow
 def test_a_connection_outlives_the_time_limit_of_one_request():
     with serving(request_s=0.4) as server:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
