@@ -6,14 +6,13 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
-from contracts.config import CaptureConfig
 from contracts.interfaces import StreamHeader, StreamSink
 from contracts.schema import HookCost
 from correlator.correction import Corrections
 from correlator.samples import Samples
 from mace.tools.corrected import Corrected
 from mace.tools.host_probes import HostProbes
-from mace.tools.host_rtt import Cost, ToolTimes, added_ns
+from mace.tools.host_rtt import Cost, ToolTimes
 from mace.tools.tracer_cost import TracerCost, counted, kept
 
 _LATEST: Final = 512
@@ -21,16 +20,13 @@ _LATEST: Final = 512
 
 
 class Beside:
-    """The probes beside one run of a tool in the namespace of `netns_fd`, and the tracer's cost.
+    """The probes beside one run of a tool, and the tracer's cost. With `send` false no probes are sent."""
 
-    With `probes` false no probes are sent, and no cost is needed.
-    """
-
-    def __init__(self, netns_fd: int, capture: CaptureConfig, *, probes: bool = True) -> None:
-        self.probes = HostProbes(netns_fd, capture.host_netns)
-        if not probes:
-            self.probes.why_not = "--no-probes"
-        self._needs_cost = probes
+    def __init__(self, probes: HostProbes, *, send: bool = True) -> None:
+        self.probes = probes
+        if not send:
+            probes.why_not = "--no-probes"
+        self._needs_cost = send
         self._cost: TracerCost | None = None
         self._no_cost = ""
         """Why there is no cost of the source that is kept; known once the source is open."""
@@ -56,9 +52,7 @@ class Beside:
             return None
         while len(self._times) > 1 and sum(map(len, self._times)) - len(self._times[0]) >= _LATEST:
             self._times.popleft()
-        return added_ns(
-            ToolTimes.concatenate(self._times), self.probes.probes, self._cost_now(costs), alone=self.probes.rarer
-        )
+        return self.probes.added_ns(ToolTimes.concatenate(self._times), self._cost_now(costs))
 
     def finished(self, found: Corrected) -> Corrected:
         """Return the result of the tool, which has ended, with the host RTT."""

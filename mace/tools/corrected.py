@@ -28,7 +28,7 @@ from mace.shown import tables
 from mace.shown.terminal import PlainTable
 from mace.tools.following import Followed, Following
 from mace.tools.host_probes import HostProbes
-from mace.tools.host_rtt import Cost, HostRtt, ToolTimes, estimate
+from mace.tools.host_rtt import Cost, HostRtt, ToolTimes
 from mace.tools.samples import Reader
 
 FIGURES: Final = {
@@ -161,7 +161,7 @@ class Corrected:
         `cost` is the tracer's, and `warm` that of records that follow others; None if it is not known, and `no_cost`
         says why.
         """
-        found = estimate(ToolTimes.of(self.samples, self.corrections), probes.probes, cost, warm, alone=probes.rarer)
+        found = probes.estimate(ToolTimes.of(self.samples, self.corrections), cost, warm)
         if found is None:
             return replace(self, no_host=probes.remark())
         return replace(self, host=found, no_host="", no_cost=no_cost)
