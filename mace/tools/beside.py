@@ -10,10 +10,10 @@ from contracts.interfaces import StreamHeader, StreamSink
 from contracts.schema import HookCost
 from correlator.correction import Corrections
 from correlator.samples import Samples
+from mace.tools.calibration import Calibration, counted, kept
 from mace.tools.corrected import Corrected
 from mace.tools.host_probes import HostProbes
 from mace.tools.host_rtt import Cost, ToolTimes
-from mace.tools.tracer_cost import TracerCost, counted, kept
 
 _LATEST: Final = 512
 """Samples to which the probes are compared for a line; the figures at the end use all."""
@@ -26,8 +26,7 @@ class Beside:
         self.probes = probes
         if not send:
             probes.why_not = "--no-probes"
-        self._needs_cost = send
-        self._cost: TracerCost | None = None
+        self._cost: Calibration | None = None
         self._no_cost = ""
         """Why there is no cost of the source that is kept; known once the source is open."""
         self._times: deque[ToolTimes] = deque()
@@ -37,8 +36,7 @@ class Beside:
         return self.probes.tee(sink, self._opened)
 
     def _opened(self, header: StreamHeader) -> None:
-        if self._needs_cost:
-            self._cost, self._no_cost = kept(header.source)
+        self._cost, self._no_cost = kept(header.source)
 
     def added_ns(self, samples: Samples, corrections: Corrections, costs: Sequence[HookCost]) -> float | None:
         """Return what turns the lower bound of further samples into the host RTT, ns; None if that is not known yet.
@@ -52,7 +50,10 @@ class Beside:
             return None
         while len(self._times) > 1 and sum(map(len, self._times)) - len(self._times[0]) >= _LATEST:
             self._times.popleft()
-        return self.probes.added_ns(ToolTimes.concatenate(self._times), self._cost_now(costs))
+        found = self.probes.added_ns(ToolTimes.concatenate(self._times), self._cost_now(costs))
+        if found is None and self.probes.why_not and self._cost is not None:
+            return self._cost.added_ns(self.probes.pace_s)
+        return found
 
     def finished(self, found: Corrected) -> Corrected:
         """Return the result of the tool, which has ended, with the host RTT."""
@@ -60,7 +61,7 @@ class Beside:
         cost = self._cost_now(found.summary.cost)
         warm = self._cost.at(0) if self._cost else cost
         no_cost = "" if cost else f"{self._no_cost}; mace calibrate measures it"
-        return found.probed_by(self.probes, cost, warm, no_cost)
+        return found.probed_by(self.probes, cost, warm, no_cost).calibrated_by(self._cost, self._no_cost)
 
     def _cost_now(self, costs: Sequence[HookCost]) -> Cost | None:
         return self._cost.at(self.probes.pace_s) if self._cost else counted(costs)

@@ -4,7 +4,7 @@
 
 The *lower bound* of a sample is the tool's RTT less the time in the container's devices (`correlator.correction`). The
 *host path term* (`mace.tools.host_path`) is what a host's packet takes longer on the rest of the way; the *tracer's
-cost* (`mace.tools.tracer_cost`) is what the records within a host's round trip have added to it. Both are one number
+cost* (`mace.tools.calibration`) is what the records within a host's round trip have added to it. Both are one number
 for a run. The stretches of the term come from here:
 
     stretch        host                  container
@@ -42,7 +42,7 @@ from mace.tools.host_path import Probe
 
 FEWEST: Final = 3
 """Fewest probes of each side for a term."""
-PING, PROBER = "ping", "prober"
+PING, PROBER, CALIBRATION = "ping", "prober", "calibration"
 _PING_UNIT_NS: Final = 1000
 """ping prints round trips below 10 ms in whole microseconds."""
 _DRAWS: Final = 1000
@@ -131,7 +131,7 @@ class HostRtt:
     probes: tuple[int, int]
     """Probes of the host and of the container with records on their whole way."""
     probed_by: str
-    """"ping" for the direct term, "prober" for the one by stretches."""
+    """"ping" for the direct term, "prober" for the one by stretches, "calibration" for one that was kept."""
     cost_ns: float | None
     """The tracer's cost in a host's round trip; None if it is not known, and then not subtracted."""
     median: intervals.Interval
@@ -170,7 +170,7 @@ class HostRtt:
 
         The keys are term_ns, term_ci95_ns, send_ns, device_ns, far_end_ns, tracer_cost_ns, tracer_cost_ci95_ns and
         tracer_cost_by ("calibration" or "source"; None if the cost is unknown), added_ns (host RTT less lower bound),
-        probes (of host and container), probed_by ("ping" or "prober"), and egress_tracer_cost_ns and
+        probes (of host and container), probed_by ("ping", "prober" or "calibration"), and egress_tracer_cost_ns and
         ingress_tracer_cost_ns (contained in these overheads at least; None if unknown).
         """
         ends = intervals.bounds(self.cost)
@@ -197,6 +197,8 @@ class HostRtt:
         probes = f"{self.probes[0]} host and {self.probes[1]} container probes"
         if self.probed_by == PING:
             probes = f"{self.probes[0]} pings from the host"
+        if self.probed_by == CALIBRATION:
+            parts, probes = "by mace calibrate", "a far end on this machine would add to it"
         cost = "the tracer's own cost is not known and not subtracted"
         if self.cost_ns is not None and self.cost is not None:
             by = "measured" if self.cost_measured else "as the source counts it"
@@ -299,6 +301,21 @@ def direct(tool: ToolTimes, pings: Sequence[Probe], cost: Cost | None, warm: Cos
         None if cost_ns is None else _interval(cost_ns, cost_draws), bool(cost and cost.measured),
         _in_devices(pings, warm),
     )  # fmt: skip
+
+
+def calibrated(tool: ToolTimes, term: intervals.Interval, cost: intervals.Interval) -> HostRtt | None:
+    """Return a term and a cost that were measured before; None with fewer than `intervals.FEWEST` samples."""
+    if len(tool) < intervals.FEWEST:
+        return None
+    random = np.random.default_rng(_SEED)
+    _, bound_draws = _tool_draws(random, tool, far_here=False)
+    term_draws, cost_draws = (
+        random.standard_normal(_DRAWS) * (each.high - each.low) / 2 / NormalDist().inv_cdf(0.5 + intervals.LEVEL / 2)
+        for each in (term, cost)
+    )
+    middle = float(np.median(tool.lower_bound)) + term.estimate - cost.estimate
+    median = _interval(middle, bound_draws + term_draws - cost_draws)
+    return HostRtt(term.estimate, 0.0, 0.0, (0, 0), CALIBRATION, cost.estimate, median, term, cost, True, None)
 
 
 def _round_trips(pings: Sequence[Probe]) -> Floats:

@@ -25,7 +25,7 @@ def lab():
 
 @pytest.fixture(autouse=True)
 def _uncalibrated(tmp_path, monkeypatch):
-    monkeypatch.setenv("MACE_TRACER_COST", str(tmp_path / "cost.json"))
+    monkeypatch.setenv("MACE_CALIBRATION", str(tmp_path / "cost.json"))
 
 
 def ping(lab, *argv, address=None, **options):

@@ -8,9 +8,9 @@ import pytest
 from contracts.hooks import Hook
 from contracts.schema import HookCost
 from correlator import intervals
+from mace.tools.calibration import counted
 from mace.tools.host_path import Probe
-from mace.tools.host_rtt import Cost, ToolTimes, added_ns, direct, direct_added_ns, estimate, spread_evenly
-from mace.tools.tracer_cost import counted
+from mace.tools.host_rtt import Cost, ToolTimes, added_ns, calibrated, direct, direct_added_ns, estimate, spread_evenly
 
 SIX = (Hook.NET_DEV_QUEUE, Hook.NET_DEV_START_XMIT, Hook.NETIF_RX) * 2
 
@@ -163,6 +163,17 @@ def test_the_interval_of_pings_covers_the_truth():
         found = direct(samples(30, 4_000, seed), pings(9, 4_000, seed), cost(1_000 + error, 300)).median
         covered += found.low <= 58_500 <= found.high
     assert covered >= 54
+
+
+def test_a_term_that_was_measured_before():
+    term, paid = intervals.Interval(9_500, 8_500, 10_500, 1), intervals.Interval(6_000, 5_000, 7_000, 1)
+    found = calibrated(samples(), term, paid)
+    assert found.median.estimate == 43_000 + 3_500
+    assert width(found.median) == pytest.approx(2_000 * 2**0.5, rel=0.1)
+    assert width(calibrated(samples(scatter=3_000), term, paid).median) > width(found.median)
+    assert "by mace calibrate" in found.line()
+    assert found.as_dict()["probed_by"] == "calibration"
+    assert calibrated(samples(1), term, paid) is None
 
 
 def test_too_few_pings_give_no_term():
