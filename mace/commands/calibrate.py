@@ -28,7 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=whole_at_least(3),
         default=10,
         metavar="N",
-        help="rounds, of 6 seconds each; more make the interval narrower (default 10)",
+        help="rounds, of 10 seconds each; more make the interval narrower (default 10)",
     )
     with_capture(parser)
     with_config(parser)

@@ -70,8 +70,8 @@ class Pace:
 
 
 PACES: Final = (Pace(0, 400), Pace(0.01, 20), Pace(0.05, 12), Pace(0.2, 8))
-TERM_PACES: Final = (Pace(0.01, 500), Pace(0.05, 200), Pace(0.2, 100))
-"""Paces at which the host path term is measured, and pings of the container at each. A flood has next to no term."""
+TERM_PACES: Final = (Pace(0.01, 50), Pace(0.05, 20), Pace(0.2, 10))
+"""Paces at which the host path term is measured, and the container's pings for each round. A flood has almost none."""
 _SHORTEST_S: Final = 0.0001
 """Stands for the pace of a flood, in logarithms."""
 
@@ -307,17 +307,18 @@ def measured(
                     raise MaceError("interrupted while the tracer's cost was measured")
         terms = []
         for pace in TERM_PACES:
-            say(f"the host path term: {pace.count} pings every {pace.interval_s * 1000:g} ms")
-            terms.append(_term(lab, pace, ping))
+            count = rounds * pace.count
+            say(f"the host path term: {count} pings every {pace.interval_s * 1000:g} ms")
+            terms.append(_term(lab, pace.interval_s, count, ping))
     return Calibration(
         source, name_of_this_machine(), release(), cpu_model(), int(time.time()), blocks.costs(), tuple(terms)
     )
 
 
-def _term(lab: Lab, pace: Pace, ping: Sequence[str]) -> PaceTerm:
-    """Return the term that `mace ping` finds at that pace."""
+def _term(lab: Lab, interval_s: float, count: int, ping: Sequence[str]) -> PaceTerm:
+    """Return the term that `mace ping` finds with so many pings at that interval."""
     options = ("--lab", lab.name, "--container", lab.containers[0], "--json")
-    argv = (*ping, *options, "-n", "-c", str(pace.count), "-i", f"{pace.interval_s:g}", lab.address(REMOTE))
+    argv = (*ping, *options, "-n", "-c", str(count), "-i", f"{interval_s:g}", lab.address(REMOTE))
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
@@ -328,7 +329,7 @@ def _term(lab: Lab, pace: Pace, ping: Sequence[str]) -> PaceTerm:
         raise MaceError(f"mace ping found no host path term in the test network: {found['no_host_rtt']}")
     far = path["far_end_ns"]
     low, high = path["term_ci95_ns"]
-    return PaceTerm(pace.interval_s, path["term_ns"] - far, low - far, high - far, path["probes"][0])
+    return PaceTerm(interval_s, path["term_ns"] - far, low - far, high - far, path["probes"][0])
 
 
 def tables(found: Calibration) -> tuple[PlainTable, PlainTable]:

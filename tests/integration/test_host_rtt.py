@@ -12,7 +12,7 @@ from tests.measuring import balanced, mace, start, wait_for
 
 pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow]
 
-COUNT = 120
+COUNT = 100
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,8 @@ def test_lines_have_what_is_known_by_then_and_the_measured_cost(lab):
     for pace in made["paces"]:
         assert pace["events"] >= 4
         assert pace["low_ns"] <= pace["per_event_ns"] <= pace["high_ns"]
+    assert [term["interval_s"] for term in made["terms"]] == [0.01, 0.05, 0.2]
+    assert all(term["low_ns"] <= term["term_ns"] <= term["high_ns"] for term in made["terms"])
     assert Path(made["kept"]).exists()
     said = ping(lab, "--source", "ftrace", "-c", COUNT, "-i", "0.05").stdout
     kinds = "".join(re.findall(r"icmp_seq=\d+ .* · host([=≥])[0-9.,-]+ nic=", said))
@@ -85,7 +87,7 @@ def test_without_probes_there_is_a_lower_bound(lab):
     done = ping(lab, "--source", "ftrace", "--no-probes", "-c", "20", "-i", "0.01")
     assert "host=" not in done.stdout
     assert "only a lower bound is known" in " ".join(done.stdout.split())
-    assert "(no probes: --no-probes)" in " ".join(done.stdout.split())
+    assert "(no probes: --no-probes; no calibration is used: it has not been measured)" in " ".join(done.stdout.split())
     few = json.loads(ping(lab, "--source", "ftrace", "--json", "-c", "1").stdout)
     assert "too few probes" in few["no_host_rtt"]
     assert "host_rtt_ns" not in few["samples"][0]
