@@ -115,6 +115,8 @@ class CaptureSink:
             except BaseException:
                 self._fd = None
                 os.close(fd)
+                if self._seal is not None:
+                    self._seal.close()
                 raise
 
     def _begin_seal(self, key: SealKey, header: StreamHeader, frame: bytes) -> None:

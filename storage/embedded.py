@@ -281,11 +281,6 @@ class EmbeddedStore:
         except OSError as e:
             raise self._cannot("open the store", e) from e
 
-    @property
-    def seal_head(self) -> str:
-        """SHA-256 of the seal's last line, in hexadecimal; "" without a seal."""
-        return self._seal.head if self._seal else ""
-
     def _take_hold(self, who: str, header: StreamHeader | None = None) -> None:
         """Make the store if there is none, lock it, and remove leftovers of a crash."""
         try:

@@ -223,11 +223,6 @@ class StoreSeal:
             raise
         return made
 
-    @property
-    def head(self) -> str:
-        """SHA-256 of the last statement's line: vouches for the whole seal."""
-        return self._writer.head
-
     def put(self, segment: SegmentFile, data: memoryview) -> None:
         """State a segment that was written."""
         self._append("put", segment=[self._name(segment.path), len(data), hashlib.sha256(data).hexdigest()])
