@@ -73,6 +73,7 @@ class FirstThatOpens:
             outer=config.outer,
             remote_netns=config.remote_netns,
             docker_sockets=(*API_SOCKETS, *config.container_sockets),
+            pod_logs=config.pod_logs,
         )
         return SOURCES[name].make(config, devices, self._host)
 

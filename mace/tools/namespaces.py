@@ -55,6 +55,7 @@ def _of_container(name: str, capture: CaptureConfig) -> int:
         outer=capture.outer,
         remote_netns=capture.remote_netns,
         docker_sockets=(*API_SOCKETS, *capture.container_sockets),
+        pod_logs=capture.pod_logs,
     )
     named = {d.netns: d.container for d in found if d.role is Role.INNER and d.container}
     chosen = [netns for netns, container in named.items() if container == name]
