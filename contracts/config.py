@@ -68,6 +68,10 @@ class CaptureConfig:
         "/var/log/pods",
         "The kubelet's folder of logs, whose entries name Kubernetes pods; empty: pods are called by their UIDs.",
     )
+    cri_sockets: tuple[str, ...] = _key(
+        (),
+        "Further CRI sockets to query for the names of pods that `pod_logs` does not have; needs the extra `cri`.",
+    )
     sample_shift: int = _key(
         0,
         "Record one packet in 2 to the power of this, the same packets at every hook; not `ftrace`.",

@@ -31,6 +31,7 @@ import numpy as np
 from collector.bpf.layout import NETDEV
 from collector.bpf.walk import NetDevice, NetDevices, Walk
 from collector.machine.containers import API_SOCKETS, NOBODY, Called
+from collector.machine.cri import CRI_SOCKETS
 from collector.machine.follower import Follower, Snapshot, WakeFile
 from collector.machine.namespace_names import Named, NamespaceNames
 from collector.machine.netns import Found, Namespaces
@@ -85,6 +86,7 @@ class _Watch:
         docker_sockets: Sequence[str],
         rescan_interval_s: float,
         pod_logs: str = LOG_FOLDER,
+        cri_sockets: Sequence[str] = CRI_SOCKETS,
     ) -> None:
         self._asked_host = host_netns
         self._outer = tuple(outer)
@@ -93,7 +95,9 @@ class _Watch:
         self.host_netns = 0
         self._resources = ExitStack()
         self._wake_file = WakeFile()
-        self._names = NamespaceNames(docker_sockets, self.wake, self._netns_of, pod_logs=pod_logs)
+        self._names = NamespaceNames(
+            docker_sockets, self.wake, self._netns_of, pod_logs=pod_logs, cri_sockets=cri_sockets
+        )
         self._walk: Walk
         self._mounts: Namespaces
         self._poll = select.poll()
@@ -290,8 +294,11 @@ class BpfDeviceFollower(Follower):
         docker_sockets: Sequence[str] = API_SOCKETS,
         rescan_interval_s: float = 1.0,
         pod_logs: str = LOG_FOLDER,
+        cri_sockets: Sequence[str] = CRI_SOCKETS,
     ) -> None:
-        super().__init__(_Watch(host_netns, outer, remote_netns, docker_sockets, rescan_interval_s, pod_logs))
+        super().__init__(
+            _Watch(host_netns, outer, remote_netns, docker_sockets, rescan_interval_s, pod_logs, cri_sockets)
+        )
 
 
 def check(*, host_netns: str | int | None = None) -> Status:

@@ -9,8 +9,8 @@ The name is from the first of these origins that has one:
 4. the name of that process: `comm[pid]`.
 
 A Kubernetes pod precedes 1 to 4 as NAMESPACE/POD, if its namespace has no name or a random one, its first process's
-control group has the pod's UID and the kubelet's log folder the pod's name (`collector.machine.pods`). All containers
-of a pod are one container here, whose id is the pod's UID.
+control group has the pod's UID, and the kubelet's log folder (`collector.machine.pods`) or a runtime's CRI socket
+(`collector.machine.cri`) the pod's name. All containers of a pod are one container here, whose id is the pod's UID.
 
 A thread of its own queries the API when a namespace without a name appears, and every few seconds while the API names
 any container, because containers can be renamed. A daemon that hangs delays names, but never a measurement.

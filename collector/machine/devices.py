@@ -31,6 +31,7 @@ from collector.machine.containers import (
     NOBODY,
     Called,
 )
+from collector.machine.cri import CRI_SOCKETS
 from collector.machine.follower import Follower, Snapshot, WakeFile
 from collector.machine.namespace_names import NamespaceNames
 from collector.machine.netns import (
@@ -118,12 +119,13 @@ class _Watch:
         docker_sockets: Sequence[str] = API_SOCKETS,
         rescan_interval_s: float = 1.0,
         pod_logs: str = LOG_FOLDER,
+        cri_sockets: Sequence[str] = CRI_SOCKETS,
     ) -> None:
         self._asked_host = host_netns
         self._outer = tuple(outer)
         self._remote_netns = tuple(remote_netns)
         self._docker_sockets = tuple(docker_sockets)
-        self._pod_logs = pod_logs
+        self._pod_logs, self._cri_sockets = pod_logs, tuple(cri_sockets)
         self._rescan_interval_s = rescan_interval_s
         self.host_netns = 0
         self._resources = ExitStack()
@@ -168,7 +170,9 @@ class _Watch:
             raise Unavailable(
                 "devices", "no room for one more network namespace", "raise sysctl user.max_net_namespaces"
             ) from failure
-        self._names = NamespaceNames(self._docker_sockets, self.wake, pod_logs=self._pod_logs)
+        self._names = NamespaceNames(
+            self._docker_sockets, self.wake, pod_logs=self._pod_logs, cri_sockets=self._cri_sockets
+        )
         self._resources.callback(self._names.close)
         for fd, what in (
             (self._events.fileno(), select.POLLIN),
@@ -480,8 +484,8 @@ class DeviceFollower(Follower):
     process 1 (MACE's own, if process 1 is hidden). `outer` and `remote_netns` are as in
     `contracts.topology.assign_roles`. `docker_sockets` are the API sockets to query for container names; a missing
     socket is looked for again when a namespace appears. `pod_logs` is the kubelet's log folder, which has the names of
-    pods. A namespace with neither a mount nor a veth into a known
-    namespace is found within `rescan_interval_s`, any other change within milliseconds.
+    pods, and `cri_sockets` are the runtimes to ask for pods that it does not have. A namespace with neither a
+    mount nor a veth into a known namespace is found within `rescan_interval_s`, any other change within milliseconds.
     """
 
     def __init__(
@@ -493,8 +497,11 @@ class DeviceFollower(Follower):
         docker_sockets: Sequence[str] = API_SOCKETS,
         rescan_interval_s: float = 1.0,
         pod_logs: str = LOG_FOLDER,
+        cri_sockets: Sequence[str] = CRI_SOCKETS,
     ) -> None:
-        super().__init__(_Watch(host_netns, outer, remote_netns, docker_sockets, rescan_interval_s, pod_logs))
+        super().__init__(
+            _Watch(host_netns, outer, remote_netns, docker_sockets, rescan_interval_s, pod_logs, cri_sockets)
+        )
 
 
 def snapshot(
@@ -504,11 +511,12 @@ def snapshot(
     remote_netns: Sequence[str] = (),
     docker_sockets: Sequence[str] = API_SOCKETS,
     pod_logs: str = LOG_FOLDER,
+    cri_sockets: Sequence[str] = CRI_SOCKETS,
 ) -> tuple[Device, ...]:
     """Return the current devices with their roles, sorted; blocks for some milliseconds. Raises `Unavailable`."""
 
     def look() -> tuple[Device, ...]:
-        watch = _Watch(host_netns, outer, remote_netns, docker_sockets, pod_logs=pod_logs)
+        watch = _Watch(host_netns, outer, remote_netns, docker_sockets, pod_logs=pod_logs, cri_sockets=cri_sockets)
         try:
             return watch.open().devices
         finally:

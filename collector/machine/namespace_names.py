@@ -23,6 +23,7 @@ from collector.machine.containers import (
     is_made_up,
     name_in_lab,
 )
+from collector.machine.cri import CRI_SOCKETS, RuntimePods
 from collector.machine.netns import Found, NetnsOf, netns_of
 from collector.machine.pods import LOG_FOLDER, Pod, PodLogs
 from contracts.errors import Unavailable, nearest
@@ -61,7 +62,8 @@ class NamespaceNames:
     """Names of the namespaces of one watch, and the containers on the host's network.
 
     `wake` is called, from another thread, when a container API has named something. `of_process` returns the inode of a
-    process's namespace. `pod_logs` is the kubelet's log folder, `proc` the directory of processes.
+    process's namespace. `pod_logs` is the kubelet's log folder, `cri_sockets` are the runtimes to ask for pods that it
+    does not have, `proc` is the directory of processes.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class NamespaceNames:
         of_process: NetnsOf = netns_of,
         *,
         pod_logs: str = LOG_FOLDER,
+        cri_sockets: Sequence[str] = CRI_SOCKETS,
         proc: Path = PROC,
     ) -> None:
         self.host_netns = 0
@@ -82,6 +85,8 @@ class NamespaceNames:
         self._used: tuple[Mapping[int, Called], Mapping[str, str]] = {}, {}
         self._ids_by_api: set[str] = set()
         self._pods = PodLogs(pod_logs)
+        self._runtime_pods = RuntimePods(cri_sockets, wake)
+        self._pods_found: tuple[Mapping[str, Pod], Mapping[str, Pod]] = {}, {}
         self._pods_used: Mapping[str, Pod] = {}
         self._proc = proc
         self._sharing = Sharing(proc)
@@ -91,6 +96,7 @@ class NamespaceNames:
     def close(self) -> None:
         """Stop asking."""
         self._service.close()
+        self._runtime_pods.close()
 
     # --- asking -------------------------------------------------------------------------------------
 
@@ -98,7 +104,9 @@ class NamespaceNames:
         """Ask the container APIs, and the log folder of pods, for the names that these namespaces lack."""
         here = tuple(namespaces)
         called = [*(namespace.by_process for namespace in here), *self._sharers]
-        self._pods.look(frozenset(one.container_id for one in called if one.is_pod))
+        uids = frozenset(one.container_id for one in called if one.is_pod)
+        self._pods.look(uids)
+        self._runtime_pods.want(uids - self._pods.pods.keys())
         self._service.want(
             {
                 namespace.inode: namespace.serial
@@ -111,7 +119,9 @@ class NamespaceNames:
 
     def wait(self, timeout_s: float) -> None:
         """Wait until the APIs have answered the last `ask`, at most `timeout_s`."""
+        end_s = time.monotonic() + timeout_s
         self._service.wait(timeout_s)
+        self._runtime_pods.wait(max(end_s - time.monotonic(), 0))
 
     def pause_s(self, namespaces: Iterable[Namespace], interval_s: float) -> float:
         """Return the pause until the next scan for processes: `interval_s`, or less after a namespace has appeared.
@@ -188,12 +198,14 @@ class NamespaceNames:
         """Whether the APIs or the log folder have named something since the last `use`."""
         called, of_ids = self._used
         by_api = self._service.called is not called or self._service.of_ids is not of_ids
-        return by_api or self._pods.pods is not self._pods_used
+        logs, runtimes = self._pods_found
+        return by_api or self._pods.pods is not logs or self._runtime_pods.pods is not runtimes
 
     def use(self) -> None:
         """Let `of` and `on_host_network` return the newest names until the next call."""
         self._used = self._service.called, self._service.of_ids
-        self._pods_used = self._pods.pods
+        self._pods_found = self._pods.pods, self._runtime_pods.pods
+        self._pods_used = {**self._pods_found[1], **self._pods_found[0]}
         self._ids_by_api = {called.container_id for called in self._used[0].values()}
 
     def of(self, namespace: Namespace) -> Named:

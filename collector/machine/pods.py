@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -55,6 +55,11 @@ class Pod:
     """`NAMESPACE/POD`."""
     containers: str = ""
     """Names of the containers that have started, sorted and separated by commas."""
+
+
+def containers_text(names: Iterable[str]) -> str:
+    """Return the names of a pod's containers as in `Pod.containers`, at most 64 of them."""
+    return ",".join(sorted(names)[:_MOST_CONTAINERS])
 
 
 class PodLogs:
@@ -108,7 +113,7 @@ class PodLogs:
         containers = self._listed(self._path(entry))
         if containers is None:
             return before or Pod(shown_name(*named[:2]))
-        return Pod(shown_name(*named[:2]), ",".join(sorted(filter(is_container_name, containers))[:_MOST_CONTAINERS]))
+        return Pod(shown_name(*named[:2]), containers_text(filter(is_container_name, containers)))
 
     def _path(self, entry: str) -> str:
         return f"{self._folder}/{entry}"

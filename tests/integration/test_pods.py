@@ -1,12 +1,20 @@
-"""Pods have their names in every output of a live run, from control groups and the kubelet's log folder alone."""
+"""Pods have their names in every output: by control groups and the kubelet's log folder, and by containerd's socket."""
 
+import asyncio
 import json
+import subprocess
+import uuid
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
+from collector.machine import cri
+from collector.machine.devices import DeviceFollower
+from collector.machine.name_checks import check_cri
 from mace.lab import Spec, running
 from storage.query import StoreReader
-from tests import pods
+from tests import containerd, pods
 from tests.measuring import mace, measured, wait_for
 
 pytestmark = [pytest.mark.needs("root", "tracefs", "netns", "cgroup"), pytest.mark.slow]
@@ -53,3 +61,42 @@ def test_a_pod_its_restart_and_its_sidecar_and_one_on_the_host_s_network(tmp_pat
     for found in (replayed, reported):
         again = {row["container"]: row for row in found["overhead"] if row["direction"] == "egress"}
         assert again[NAME] | own[NAME] == again[NAME]
+
+
+@pytest.mark.needs("containerd")
+def test_real_pods_of_containerd_are_named_by_its_socket(monkeypatch):
+    """Without a log folder: a pod in a namespace of its own with two containers, and one on the host's network."""
+    monkeypatch.setattr(cri, "_NEW_CONTAINERS_S", 0.1)
+    netns = f"mace-test-{uuid.uuid4()}"
+    subprocess.run(["ip", "netns", "add", netns], check=True)
+
+    async def watched(daemon):
+        follower = DeviceFollower(host_netns=netns, docker_sockets=(), pod_logs="", cri_sockets=(str(daemon.path),))
+        await follower.open()
+
+        async def seen(wanted):
+            while True:
+                found = {(d.container, d.container_id, d.pod_containers) for d in follower.poll() or ()}
+                if wanted <= found | {(s.container, s.container_id, "") for s in follower.on_host_network}:
+                    return
+                await asyncio.sleep(0.02)
+
+        try:
+            async with asyncio.timeout(60):
+                with daemon.pod("default/web-6d4cf56db6-8xk2p", "app", "istio-proxy") as web:
+                    await seen({(NAME, web, "app,istio-proxy")})
+                    with daemon.pod("kube-system/agent-x7k2p", "agent", host_network=True) as agent:
+                        await seen({("kube-system/agent-x7k2p", agent, "")})
+        finally:
+            await follower.aclose()
+
+    try:
+        with TemporaryDirectory(prefix="mace-cri-") as place, containerd.running(Path(place) / "c", netns) as daemon:
+            asyncio.run(watched(daemon))
+            assert cri.CriSocket(str(daemon.path)).pods() == {}
+            with pytest.raises(ValueError, match="NoSuchMethod: gRPC status 12 "):
+                daemon.ask("NoSuchMethod", b"")
+            status = check_cri([str(daemon.path)])
+            assert (status.ok, status.detail) == (True, f"0 pods at {daemon.path}")
+    finally:
+        subprocess.run(["ip", "netns", "del", netns], check=True)
