@@ -106,7 +106,9 @@ class Containerd:
         context = message(f1=message(f1=_NODE if host_network else 0))
         namespace, pod = name.split("/")
         linux = message(f1=f"/{root}/kubepods/burstable/pod{uid}", f2=context)
-        config = message(f1=message(f1=pod, f2=uid, f3=namespace), f8=linux)
+        # A list of five pods is larger than HTTP/2's window of 64 KiB, and a request is no larger than a frame.
+        annotation = message(f1="mace.test/long", f2="x" * 14_000)
+        config = message(f1=message(f1=pod, f2=uid, f3=namespace), f7=annotation, f8=linux)
         sandbox = self._made("RunPodSandbox", message(f1=config))
         try:
             for container in containers:

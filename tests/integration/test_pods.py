@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -93,6 +94,11 @@ def test_real_pods_of_containerd_are_named_by_its_socket(monkeypatch):
     try:
         with TemporaryDirectory(prefix="mace-cri-") as place, containerd.running(Path(place) / "c", netns) as daemon:
             asyncio.run(watched(daemon))
+            with ExitStack() as several:
+                names = {f"default/db-{number}" for number in range(5)}
+                made = {several.enter_context(daemon.pod(name, host_network=True)): name for name in names}
+                found = cri.CriSocket(str(daemon.path)).pods()
+                assert {uid: pod.name for uid, pod in found.items()} == made
             assert cri.CriSocket(str(daemon.path)).pods() == {}
             with pytest.raises(ValueError, match="NoSuchMethod: gRPC status 12 "):
                 daemon.ask("NoSuchMethod", b"")

@@ -216,6 +216,21 @@ def test_pods_on_the_hosts_network(tmp_path: Path) -> None:
     assert names.on_host_network() == (Sharer("kube-system/kube-proxy-x7k2p", UID),)
 
 
+def test_the_first_process_of_a_new_namespace_is_looked_for_soon(tmp_path: Path) -> None:
+    names = NamespaceNames((), lambda: None, pod_logs="", cri_sockets=(), proc=tmp_path)
+    now_s = time.monotonic()
+
+    def pause_s(age_s: float, name: str = "", pid: int = 0) -> float:
+        old = _Namespace(5, 1, Found(INODE), now_s - 3600)
+        return names.pause_s([old, _Namespace(6, 2, Found(SECOND, name, pid=pid), now_s - age_s)], 1.0)
+
+    assert pause_s(0) == 0.05
+    assert 0.2 <= pause_s(0.2) < 1
+    assert pause_s(5) == 1.0
+    assert pause_s(0, "blue") == pause_s(0, pid=7) == names.pause_s([], 1.0) == 1.0
+    assert pause_s(0, f"cni-{UID}") == 0.05
+
+
 def test_a_process_that_has_ended(tmp_path: Path) -> None:
     assert called_by_process(10, tmp_path) == NOBODY
 
