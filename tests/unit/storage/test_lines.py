@@ -283,3 +283,14 @@ def test_a_pod_is_one_container_in_every_series_and_its_parts_are_told_once():
     )
     assert lines._device_tags(device)["container"] == "default/web-6d4cf56db6-8xk2p"
     assert set(lines._device_tags(device)) == {"host", "container", "netns", "device", "kind"}
+    # One more container starts in the pod: only its info is a new series.
+    (more,) = lines.containers(replace(totals, present=(replace(device, pod_containers="app,extra,sidecar"),)))
+    assert "extra" in more
+    delays = make_delays(20)
+    started = topology()
+    windows = make_windows(delays)
+    written = set()
+    for containers in ("app", "app,sidecar"):
+        now = tuple(replace(d, pod_containers=containers) for d in started)
+        written.add(frozenset(row.partition(" ")[0] for row in lines.windows(windows, now, ranks(now))))
+    assert len(written) == 1
