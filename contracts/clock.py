@@ -29,10 +29,10 @@ class KernelClock:
     """The kernel's `esterror`: set by the disciplining program."""
 
     def __str__(self) -> str:
-        return (
-            f"the kernel calls its UTC {self.state}, off by at most {self.max_error_ns / 1e6:,.3f} ms,"
-            f" by its estimate {self.est_error_ns / 1e6:,.3f} ms"
-        )
+        most, estimate = f"{self.max_error_ns / 1e6:,.3f} ms", f"{self.est_error_ns / 1e6:,.3f} ms"
+        if self.state == "synchronised":
+            return f"the kernel calls its UTC synchronised, off by at most {most}, by its estimate {estimate}"
+        return f"the kernel calls its UTC {self.state}: nothing bounds its error (maxerror {most}, esterror {estimate})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,8 +72,10 @@ def _clocks(runs: Sequence[Run]) -> list[str]:
     if len(runs) == 1:
         return [f"clocks: {runs[0].clock}"]
     states = Counter(run.clock.kernel.state if run.clock.kernel else "not recorded" for run in runs)
-    known = [run.clock.kernel.max_error_ns for run in runs if run.clock.kernel]
-    worst = f", off by at most {max(known) / 1e6:,.3f} ms" if known else ""
+    bounded = [
+        run.clock.kernel.max_error_ns for run in runs if run.clock.kernel and run.clock.kernel.state == "synchronised"
+    ]
+    worst = f"; where synchronised, off by at most {max(bounded) / 1e6:,.3f} ms" if bounded else ""
     pairing = max(run.clock.uncertainty_ns for run in runs)
     told = ", ".join(f"{state} {n}" for state, n in states.items())
     return [

@@ -41,7 +41,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Options, console: Console) -> int:
-    """Write the traces and print how much it contains."""
+    """Write the traces and print how many there are."""
     from contracts import config
     from correlator import configured
     from mace.commands import settings
