@@ -135,6 +135,13 @@ def _docker() -> str | None:
     return _first([_root(), _program("dockerd", "--version"), _program("docker", "--version")])
 
 
+def _cni() -> str | None:
+    # A plugin exits with an error where it gets no command, but knows VERSION without root.
+    if not Path("/usr/lib/cni/bridge").exists():
+        return "/usr/lib/cni has no plugins (apt-get install containernetworking-plugins)"
+    return _program("iptables", "--version")
+
+
 def _bpftrace() -> str | None:
     reason = _first([_root(), _program("bpftrace", "--version")])
     if reason is not None:
@@ -208,6 +215,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "netns": _netns,
     "userns": _userns,
     "docker": _docker,
+    "cni": _cni,
     "bpf": _bpf,
     "nobody": _nobody,
     "memory_cgroup": _memory_cgroup,

@@ -152,11 +152,21 @@ def build_bridges(spec: Spec, env: Mapping[str, str]) -> None:
     netns.run(netns.enter_command(_path(spec.name, HOST), ["nft", "-f", "-"]), stdin="\n".join(_ruleset(spec)), env=env)
 
 
+def route_back(lab: str, env: Mapping[str, str]) -> None:
+    """Give the remote a default route by the host, for containers' addresses that the host does not masquerade."""
+    _batch(lab, REMOTE, [f"route add default via {address.ip}" for address in wire(HOST)], env)
+
+
+def prepare_container(lab: str, name: str, env: Mapping[str, str]) -> None:
+    """Set a container's sysctls and its loopback device up, before CNI plugins make its network."""
+    netns.write_sysctls(_path(lab, name), _MEMBER_SYSCTLS)
+    _batch(lab, name, ["link set lo up"], env)
+
+
 def build_container(spec: Spec, place: Placement, env: Mapping[str, str]) -> None:
     """Make the veth pair of one container, whose namespace exists, and its addresses and default routes."""
     inner = netns_name(spec.name, place.name)
-    container = _path(spec.name, place.name)
-    netns.write_sysctls(container, _MEMBER_SYSCTLS)
+    netns.write_sysctls(_path(spec.name, place.name), _MEMBER_SYSCTLS)
     _batch(
         spec.name,
         HOST,

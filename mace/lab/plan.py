@@ -21,6 +21,7 @@ from typing import Final, Literal
 from zlib import crc32
 
 from contracts.errors import UsageError
+from mace.lab import cni_list
 
 Family = Literal[4, 6]
 """IP version."""
@@ -81,6 +82,9 @@ class Spec:
     far_end: FarEnd = FarEnd.NAMESPACE
     guest_kernel: str = ""
     """Path of the kernel that a far end in a virtual machine boots; "" is one that is found (`mace.lab.guest`)."""
+    cni: str = ""
+    """Text of the CNI network configuration list whose plugins make the containers' network; "" is the lab's own
+    network of bridges."""
 
     def __post_init__(self) -> None:
         if not _LAB_NAME.fullmatch(self.name):
@@ -95,6 +99,12 @@ class Spec:
             raise UsageError("the docker runtime has one bridge, docker0; more need the netns runtime")
         if self.guest_kernel and self.far_end is not FarEnd.GUEST:
             raise UsageError("a guest's kernel is for a far end in a guest (--far-end guest)")
+        if self.cni:
+            cni_list.parse(self.cni)
+            if self.bridges > 1 or self.runtime is not Runtime.NETNS or self.far_end is not FarEnd.NAMESPACE:
+                raise UsageError(
+                    "a CNI network is for the netns runtime, with a far end in a namespace and no bridges of the lab's"
+                )
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 from mace.commands.console import Console
 from mace.commands.options import FarEndOptions, LabShape, with_far_end, with_lab_shape
@@ -16,6 +17,7 @@ class Options:
     name: str
     shape: LabShape
     far_end: FarEndOptions
+    cni: Path | None
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +25,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", default="lab", metavar="NAME", help="name of the lab (default lab)")
     with_lab_shape(parser, containers=1)
     with_far_end(parser)
+    parser.add_argument(
+        "--cni",
+        type=Path,
+        metavar="FILE",
+        help="CNI network configuration list (.conflist) whose plugins make the containers' network; they are looked"
+        " for in $CNI_PATH (default /usr/lib/cni:/opt/cni/bin)",
+    )
 
 
 def run(options: Options, console: Console) -> int:
@@ -30,8 +39,10 @@ def run(options: Options, console: Console) -> int:
     from mace import lab
     from mace.commands import settings
 
-    made = lab.up(settings.spec(options.shape, options.name, options.far_end))
+    made = lab.up(settings.spec(options.shape, options.name, options.far_end, options.cni))
     console.line(f"lab {made.name} is up: {', '.join(made.members)}")
+    if made.network:
+        console.line(made.network)
     if made.far_end:
         console.line(made.far_end)
     return 0
