@@ -136,10 +136,15 @@ def _docker() -> str | None:
 
 
 def _cni() -> str | None:
-    # A plugin exits with an error where it gets no command, but knows VERSION without root.
     if not Path("/usr/lib/cni/bridge").exists():
         return "/usr/lib/cni has no plugins (apt-get install containernetworking-plugins)"
     return _program("iptables", "--version")
+
+
+def _ifb() -> str | None:
+    add = ["unshare", "--net", "ip", "link", "add", "name", "try-ifb", "type", "ifb"]
+    done = subprocess.run(add, capture_output=True, text=True, timeout=30, check=False)
+    return None if done.returncode == 0 else f"the kernel makes no ifb device: {done.stderr.strip()}"
 
 
 def _bpftrace() -> str | None:
@@ -216,6 +221,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "userns": _userns,
     "docker": _docker,
     "cni": _cni,
+    "ifb": lambda: _first([_netns(), _ifb()]),
     "bpf": _bpf,
     "nobody": _nobody,
     "memory_cgroup": _memory_cgroup,

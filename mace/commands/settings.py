@@ -127,8 +127,14 @@ def lab_of(name: str | None) -> lab.Lab | None:
     return lab.attach(name) if name else None
 
 
-def spec(shape: LabShape, name: str, far_end: FarEndOptions | None = None, cni: Path | None = None) -> lab.Spec:
-    """Return the specification of a lab with that name, shape, far end and network.
+def spec(
+    shape: LabShape,
+    name: str,
+    far_end: FarEndOptions | None = None,
+    cni: Path | None = None,
+    layout: str = lab.Layout.BRIDGE,
+) -> lab.Spec:
+    """Return the specification of a lab with that name, shape, far end, and network of plugins or layout.
 
     Raises `UsageError` if the file of the network cannot be read.
     """
@@ -141,6 +147,7 @@ def spec(shape: LabShape, name: str, far_end: FarEndOptions | None = None, cni: 
         far_end=lab.FarEnd(far_end.far_end) if far_end else lab.FarEnd.NAMESPACE,
         guest_kernel=str(far_end.guest_kernel.absolute()) if far_end and far_end.guest_kernel else "",
         cni=network_text(cni) if cni else "",
+        layout=lab.Layout(layout),
     )
 
 

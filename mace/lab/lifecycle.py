@@ -21,8 +21,8 @@ from typing import IO, Any, Final
 from collector.machine.kernel import boot_id
 from contracts.config import CaptureConfig
 from contracts.errors import LabError, Unavailable, UsageError, nearest
-from mace.lab import cni, cni_list, docker, guest, netns, network, plan, state
-from mace.lab.plan import HOST, REMOTE, Family, FarEnd, Runtime, Spec
+from mace.lab import cni, cni_list, docker, guest, layouts, netns, network, plan, state
+from mace.lab.plan import HOST, REMOTE, Family, FarEnd, Layout, Runtime, Spec
 from mace.lab.state import Member, State
 from mace.lab.traffic import Traffic
 
@@ -106,6 +106,8 @@ class Lab(Traffic):
         return f"far end {plan.wire(REMOTE)[0].ip}: a virtual machine, {how}, Linux {found.release}"
 
     def address(self, member: str, family: Family = 4) -> str:
+        if member == REMOTE and self.spec.layout is Layout.FLANNEL:
+            return str(plan.OVERLAY[family == 6])
         if member == REMOTE:
             return str(plan.wire(REMOTE)[family == 6].ip)
         found = self._member(member)
@@ -239,7 +241,7 @@ def check(spec: Spec | None = None) -> list[Unavailable]:
         return [Unavailable("lab", "network namespaces need root", "run it with sudo")]
     found = [
         Unavailable("lab", f"the program {program!r} is missing", netns.remedy_for(program))
-        for program in ("ip", "nft", "nsenter", "ping")
+        for program in ("ip", "nft", "nsenter", "ping", *(layouts.programs(spec.layout) if spec else ()))
         if netns.find_program(program) is None
     ]
     if spec is not None and spec.runtime is Runtime.DOCKER:
@@ -416,8 +418,10 @@ def _create_host(record: State) -> None:
         docker.start(record)
     elif record.spec.cni:
         network.route_back(record.spec.name, env)
-    else:
+    elif record.spec.layout is Layout.BRIDGE:
         network.build_bridges(record.spec, env)
+    else:
+        layouts.build_host(record.spec, env)
 
 
 def _create_containers(record: State, places: list[plan.Placement]) -> None:
@@ -433,8 +437,10 @@ def _create_containers(record: State, places: list[plan.Placement]) -> None:
         if record.spec.cni:
             network.prepare_container(record.spec.name, place.name, env)
             cni.add(record, place.name)
-        else:
+        elif record.spec.layout is Layout.BRIDGE:
             network.build_container(record.spec, place, env)
+        else:
+            layouts.build_container(record.spec, place, env)
 
 
 def _note_inodes(record: State, members: Any) -> None:
@@ -454,6 +460,8 @@ def _remove_member(record: State, name: str) -> None:
     else:
         if record.spec.cni:
             cni.delete(record, name)
+        else:
+            layouts.remove_container(record.spec, plan.place(record.spec, name, member.slot), record.environment())
         _remove_namespace(path, record.environment())
     del record.members[name]
 

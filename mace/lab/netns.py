@@ -142,6 +142,8 @@ def completed(argv: list[str], *, stdin: str = "", env: Mapping[str, str]) -> su
 
 _PACKAGES: Final = {
     "ip": "iproute2",
+    "bridge": "iproute2",
+    "tc": "iproute2",
     "nft": "nftables",
     "nsenter": "util-linux",
     "unshare": "util-linux",

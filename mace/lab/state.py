@@ -30,7 +30,7 @@ from collector.machine.kernel import boot_id
 from collector.machine.processes import start_ticks, stat_fields
 from contracts.errors import LabError, MaceError
 from mace.lab.netns import search_path
-from mace.lab.plan import FarEnd, Runtime, Spec
+from mace.lab.plan import FarEnd, Layout, Runtime, Spec
 
 STATE_DIR: Final = Path("/run/mace/labs")
 VERSION: Final = 1
@@ -151,8 +151,9 @@ def load(name: str) -> State | None:
         if raw["version"] != VERSION:
             raise LabError(f"{path}: version {raw['version']}, expected {VERSION}; use the MACE that made it")
         told = raw["spec"]
-        far_end = FarEnd(told.get("far_end", FarEnd.NAMESPACE))  # older files have none
-        spec = Spec(**{**told, "runtime": Runtime(told["runtime"]), "far_end": far_end})
+        far_end = FarEnd(told.get("far_end", FarEnd.NAMESPACE))  # older files have neither this
+        layout = Layout(told.get("layout", Layout.BRIDGE))  # nor this
+        spec = Spec(**{**told, "runtime": Runtime(told["runtime"]), "far_end": far_end, "layout": layout})
         if spec.name != name or not re.fullmatch(r"[0-9a-f]{32}", raw["id"]):
             raise LabError(f"{path}: expected the state of lab {name!r}")
         return State(

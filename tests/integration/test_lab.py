@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -13,7 +14,22 @@ from pathlib import Path
 import pytest
 
 from contracts.errors import LabError, UsageError
-from mace.lab import Runtime, Spec, attach, check, down, lifecycle, list_labs, netns, network, plan, running, state, up
+from mace.lab import (
+    Layout,
+    Runtime,
+    Spec,
+    attach,
+    check,
+    down,
+    lifecycle,
+    list_labs,
+    netns,
+    network,
+    plan,
+    running,
+    state,
+    up,
+)
 from tests.lab_leftovers import leftovers, machine, output, own_lab
 from tests.places import ROOT
 
@@ -118,6 +134,43 @@ def test_every_containers_device_is_called_eth0_and_the_outer_one_carries_the_de
 def test_many_containers(name):
     with running(Spec(name, containers=20, bridges=3)) as lab:
         assert all(lab.ping(container, count=1).received >= 1 for container in lab.containers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [each for each in Layout if each is not Layout.BRIDGE])
+def test_layouts_reach_everyone_both_ways_without_translation(name, layout):
+    code = "import socket; s = socket.create_server(('', 7)); print('ready', flush=True); print(s.accept()[1][0])"
+    told = "ip rule; ip route show table all; ip neigh show nud permanent; tc filter show dev OUTER ingress"
+    with running(Spec(name, containers=2, layout=layout)) as lab:
+        ways = [("c1", "remote"), ("remote", "c2"), ("c1", "c2"), ("c1", "host"), ("host", "c2")]
+        for sender, to in ways:
+            for family in (4, 6):
+                assert lab.ping(sender, to, count=2, family=family).received == 2
+        server = lab.popen("remote", [sys.executable, "-c", code])
+        assert server.stdout.readline() == "ready\n"
+        client = f"import socket; socket.create_connection(({lab.address('remote')!r}, 7))"
+        assert lab.exec("c1", [sys.executable, "-c", client]) == 0
+        assert server.communicate(timeout=10)[0] == f"{lab.address('c1')}\n"
+        address, words = lab.address("c1"), ["sh", "-c", told.replace("OUTER", lab.outer_device)]
+        before = lab.popen("host", words).communicate()[0].splitlines()
+        lab.remove_container("c1")
+        assert not re.search(rf"\b{re.escape(address)}\b", lab.popen("host", words).communicate()[0])
+        lab.add_container("c1")
+        assert lab.tcp("c1", size=200_000, reverse=True).received == 200_000
+        assert len(lab.popen("host", words).communicate()[0].splitlines()) == len(before)
+
+
+def test_each_layout_has_what_it_is_named_for(name):
+    expected = {
+        Layout.FLANNEL: ("ip -d link show type vxlan", "dstport 8472"),
+        Layout.CALICO: ("ip route show", "198.51.100.2 dev veth"),
+        Layout.PTP: ("ip rule", "from 198.51.100.2 lookup 100"),
+        Layout.CILIUM: ("tc filter show dev OUTER ingress", "direct-action"),
+    }
+    for layout, (command, told) in expected.items():
+        with running(Spec(name, layout=layout)) as lab:
+            words = command.replace("OUTER", lab.outer_device).split()
+            assert told in lab.popen("host", words).communicate()[0]
 
 
 # --- same addresses -----------------------------------------------------------------------------

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from contracts.config import CaptureConfig, Config
 from contracts.errors import LabError, UsageError
 from mace.commands import settings
 from mace.lab import Spec, attach, cni, down, list_labs, running, state, up
+from mace.trials.verify import verdict
+from mace.trials.verify.scenarios import Scenario
 from tests.lab_leftovers import own_lab
 from tests.measuring import mace
 from tests.places import ROOT
@@ -155,6 +158,23 @@ def test_a_plugins_error_is_one_line_with_its_code_and_undoes_what_came_before(n
             lab.add_container("c2")
         assert lab.ping("c1", "c1", count=1).received == 1
         assert attach(name).containers == ("c1",)
+
+
+@pytest.mark.slow
+@pytest.mark.needs("tracefs", "ifb")
+def test_packets_behind_a_bandwidth_limit_are_matched_both_ways(name):
+    """The plugin sends what a pod sends through an ifb device and back to the pod's pair."""
+    limit = {f"{way}Rate": 100_000_000 for way in ("ingress", "egress")}
+    limit |= {f"{way}Burst": 100_000_000 for way in ("ingress", "egress")}
+    ptp = {"type": "ptp", "ipam": {"type": "host-local", "subnet": "192.0.2.0/26", "routes": [{"dst": "0.0.0.0/0"}]}}
+    scenario = Scenario(
+        "limited",
+        "UDP and its echo behind the plugin bandwidth",
+        lambda stage: stage.talk(("udp", "c1", 96, 2000)),
+        spec=Spec(name, cni=conflist(ptp, {"type": "bandwidth", **limit})),
+    )
+    found = verdict.verdict(scenario, Config(capture=CaptureConfig(source="ftrace")), packets=200)
+    assert (found.packets, found.precision, found.recall, found.wrong) == (400, 1.0, 1.0, 0)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from mace.commands.choices import LAYOUTS
 from mace.commands.console import Console
 from mace.commands.options import FarEndOptions, LabShape, with_far_end, with_lab_shape
 
@@ -18,6 +19,7 @@ class Options:
     shape: LabShape
     far_end: FarEndOptions
     cni: Path | None
+    layout: str
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +27,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", default="lab", metavar="NAME", help="name of the lab (default lab)")
     with_lab_shape(parser, containers=1)
     with_far_end(parser)
-    parser.add_argument(
+    network = parser.add_mutually_exclusive_group()
+    network.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        default=LAYOUTS[0],
+        help="how containers are connected: as Docker does, or as a CNI implementation does (default %(default)s)",
+    )
+    network.add_argument(
         "--cni",
         type=Path,
         metavar="FILE",
@@ -39,7 +48,7 @@ def run(options: Options, console: Console) -> int:
     from mace import lab
     from mace.commands import settings
 
-    made = lab.up(settings.spec(options.shape, options.name, options.far_end, options.cni))
+    made = lab.up(settings.spec(options.shape, options.name, options.far_end, options.cni, options.layout))
     console.line(f"lab {made.name} is up: {', '.join(made.members)}")
     if made.network:
         console.line(made.network)

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from contracts.errors import UsageError
-from mace.lab import FarEnd, Runtime, Spec, cni_list
+from mace.lab import FarEnd, Layout, Runtime, Spec, cni_list
 
 BRIDGE = {"type": "bridge", "ipam": {"type": "host-local", "subnet": "192.0.2.0/24"}, "capabilities": {"ips": True}}
 
@@ -60,7 +60,9 @@ def test_other_files_are_refused_in_one_line(content, told):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("change", [{"bridges": 2}, {"runtime": Runtime.DOCKER}, {"far_end": FarEnd.GUEST}])
+@pytest.mark.parametrize(
+    "change", [{"bridges": 2}, {"layout": Layout.PTP}, {"runtime": Runtime.DOCKER}, {"far_end": FarEnd.GUEST}]
+)
 def test_a_cni_network_has_neither_bridges_nor_docker_nor_a_guest(change):
     with pytest.raises(UsageError, match="CNI network"):
         Spec(cni=text(), **change)
