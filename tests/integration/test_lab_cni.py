@@ -13,11 +13,12 @@ import pytest
 from contracts.config import CaptureConfig, Config
 from contracts.errors import LabError, UsageError
 from mace.commands import settings
-from mace.lab import Spec, attach, cni, down, list_labs, running, state, up
+from mace.lab import Layout, Spec, attach, cni, down, list_labs, running, state, up
+from mace.trials import networks
 from mace.trials.verify import verdict
 from mace.trials.verify.scenarios import Scenario
 from tests.lab_leftovers import own_lab
-from tests.measuring import mace
+from tests.measuring import balanced, mace
 from tests.places import ROOT
 
 pytestmark = pytest.mark.needs("root", "netns", "cni")
@@ -108,9 +109,8 @@ def test_networks_without_masquerade_are_reached_from_the_remote(name, plugin):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", ["0.3.1", "1.0.0"])
-def test_plugins_get_what_the_specification_says(name, spied, version):
-    text = conflist(BRIDGE, PORTMAP, version=version)
+def test_plugins_get_what_the_specification_says(name, spied):
+    text = conflist(BRIDGE, PORTMAP)
     with running(Spec(name, containers=2, cni=text)) as lab:
         host, inner = lab.netns_inode("host"), str(lab.netns_path("c1"))
         files = lab._state.directory / "cni"
@@ -127,7 +127,7 @@ def test_plugins_get_what_the_specification_says(name, spied, version):
     for call in calls:
         assert (call["inside"], call["CNI_NETNS"], call["CNI_IFNAME"]) == (host, inner, "eth0")
         assert call["CNI_PATH"] == os.environ["CNI_PATH"]
-        assert (call["asked"]["name"], call["asked"]["cniVersion"]) == ("podnet", version)
+        assert (call["asked"]["name"], call["asked"]["cniVersion"]) == ("podnet", "1.0.0")
         assert "capabilities" not in call["asked"]
     assert len({call["CNI_CONTAINERID"] for call in calls}) == 1
     bridge, portmap, *deletions = (call["asked"] for call in calls)
@@ -135,7 +135,7 @@ def test_plugins_get_what_the_specification_says(name, spied, version):
     assert portmap["prevResult"]["ips"][0]["address"] == "192.0.2.2/26"
     assert portmap["runtimeConfig"] == PORTS
     for asked in deletions:
-        assert asked.get("prevResult") == (kept["result"] if version >= "0.4" else None)
+        assert asked["prevResult"] == kept["result"]
     assert (kept["kind"], kept["containerId"]) == ("cniCacheV1", calls[0]["CNI_CONTAINERID"])
     assert base64.b64decode(kept["config"]).decode() == text
     every = [(c["CNI_COMMAND"], c["plugin"]) for c in spied()]
@@ -153,11 +153,13 @@ def test_a_plugins_error_is_one_line_with_its_code_and_undoes_what_came_before(n
     assert [(c["CNI_COMMAND"], c["plugin"]) for c in spied()] == [
         ("ADD", "bridge"), ("ADD", "tuning"), ("DEL", "tuning"), ("DEL", "bridge"),
     ]  # fmt: skip
-    with running(Spec(name, cni=conflist(full))) as lab:
+    with running(Spec(name, cni=conflist(full, version="0.3.1"))) as lab:
         with pytest.raises(LabError, match=r"CNI plugin bridge, ADD of c2: code \d+: .*no IP addresses available"):
             lab.add_container("c2")
         assert lab.ping("c1", "c1", count=1).received == 1
         assert attach(name).containers == ("c1",)
+    *_, last = spied()
+    assert (last["CNI_COMMAND"], "prevResult" in last["asked"]) == ("DEL", False), "DEL has a result from 0.4.0 on"
 
 
 @pytest.mark.slow
@@ -175,6 +177,45 @@ def test_packets_behind_a_bandwidth_limit_are_matched_both_ways(name):
     )
     found = verdict.verdict(scenario, Config(capture=CaptureConfig(source="ftrace")), packets=200)
     assert (found.packets, found.precision, found.recall, found.wrong) == (400, 1.0, 1.0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.needs("tracefs")
+def test_two_networks_are_compared_device_by_device(name, tmp_path):
+    file = tmp_path / "pods.conflist"
+    file.write_text(conflist(BRIDGE))
+    with running(Spec(name, layout=Layout.CALICO)):
+        argv = ("--networks", name, file, "--sources", "ftrace", "--rounds", "1", "--count", "100", "--json")
+        found = json.loads(mace("compare", *argv).stdout)
+    ours, pods = found["networks"][name], found["networks"]["pods"]
+    assert (found["source"], ours["trips"], pods["trips"]) == ("ftrace", 100, 100)
+    assert ours["difference_us"] == 0
+    assert pods["difference_us"] == pytest.approx(pods["rtt_p50_us"] - ours["rtt_p50_us"], abs=0.03)
+    devices = {(row["direction"], row["part"]): row for row in found["devices"]}
+    for direction in ("egress", "ingress"):
+        for part in ("container's veth", "pair's host end", "outer device", "far end's veth"):
+            row = devices[direction, part]
+            assert min(row[name]["count"], row["pods"]["count"]) >= 100
+        assert name not in devices[direction, "bridge"], "routed, without a bridge"
+        assert devices[direction, "bridge"]["pods"]["devices"] == ["cnitest0"]
+        for each in (ours, pods):
+            assert each[f"overhead_{direction}"]["p50_us"] > 0
+            assert each["small_pps"] > 0
+            balanced(each)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["bridge"], "at least two"),
+        (["bridge", "bridge"], "bridge is there twice"),
+        (["bridge", "flanel"], r"no 'flanel' \(did you mean 'flannel'\?\)"),
+        (["bridge", "nosuch.conflist"], "nosuch.conflist: No such file"),
+    ],
+)
+def test_impossible_comparisons_are_refused(words, told):
+    with pytest.raises(UsageError, match=told):
+        networks.chosen(words, settings.network_text)
 
 
 @pytest.mark.slow
@@ -203,7 +244,7 @@ def test_the_next_clean_up_deletes_after_kill_9(name, spied):
     """A lab killed while a plugin runs, and its result therefore unknown, is deleted without a result."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from mace.lab import Spec, running\n"
+        "from mace.lab import Layout, Spec, running\n"
         "from mace.lab import cni\n"
         "cni._keep = lambda *_: (print('added', flush=True), sys.stdin.read())\n"
         f"with running(Spec({name!r}, cni={conflist(BRIDGE)!r})): pass\n"
