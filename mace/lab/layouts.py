@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
 from pathlib import Path
 from typing import Final
 
+from contracts.errors import LabError
 from mace.lab import netns, network
 from mace.lab.plan import (
     HOST,
@@ -116,9 +118,12 @@ def remove_container(spec: Spec, place: Placement, env: Mapping[str, str]) -> No
     """Remove what a container has in the host namespace besides its pair, whose routes go with it."""
     if spec.layout is Layout.PTP:
         for family, commands in _rules(place, "del").items():
-            network.batch(spec.name, HOST, commands, env, family)
+            for command in commands:
+                with suppress(LabError):  # a set-up that failed has not made all of them
+                    network.batch(spec.name, HOST, [command], env, family)
     elif spec.layout is Layout.CILIUM:
-        _redirect(spec, place, "del", env)
+        with suppress(LabError):
+            _redirect(spec, place, "del", env)
 
 
 def _overlay_device(spec: Spec) -> str:

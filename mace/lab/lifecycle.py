@@ -86,7 +86,9 @@ class Lab(Traffic):
 
     @property
     def network(self) -> str:
-        """Description of a network that CNI plugins have made; "" for the lab's own."""
+        """Description of a network that CNI plugins have made, or of a layout; "" for the lab's own."""
+        if self.spec.layout is not Layout.BRIDGE:
+            return f"layout {self.spec.layout}, far end {self.address(REMOTE)}"
         if not self.spec.cni:
             return ""
         made = cni_list.parse(self.spec.cni)

@@ -14,6 +14,7 @@ and ends with that namespace. The programs are written as instructions, so that 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import socket
 import struct
@@ -90,7 +91,10 @@ def to_neighbour(ifindex: int, network: IPv4Network, host: IPv4Address) -> bytes
 
 def bpf(command: int, attributes: bytes) -> int:
     """Call bpf(2). Raises `OSError`."""
-    found: int = _libc.syscall(BPF_SYSCALL[os.uname().machine], command, ctypes.c_char_p(attributes), len(attributes))
+    machine = os.uname().machine
+    if machine not in BPF_SYSCALL:
+        raise OSError(errno.ENOSYS, f"the number of bpf(2) is not known for {machine}")
+    found: int = _libc.syscall(BPF_SYSCALL[machine], command, ctypes.c_char_p(attributes), len(attributes))
     if found < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), f"bpf({command})")
     return found
@@ -98,7 +102,7 @@ def bpf(command: int, attributes: bytes) -> int:
 
 def pinned(instructions: bytes, path: str) -> None:
     """Load a program for tc and give it a name in a mounted BPF file system."""
-    code, licence, log = (ctypes.create_string_buffer(raw) for raw in (instructions, b"GPL", bytes(65536)))
+    code, licence, log = (ctypes.create_string_buffer(raw) for raw in (instructions, b"Apache-2.0", bytes(65536)))
     fields = struct.pack(
         "<IIQQIIQI", SCHED_CLS, len(instructions) // 8, ctypes.addressof(code), ctypes.addressof(licence),
         1, len(log), ctypes.addressof(log), 0,

@@ -151,8 +151,8 @@ def load(name: str) -> State | None:
         if raw["version"] != VERSION:
             raise LabError(f"{path}: version {raw['version']}, expected {VERSION}; use the MACE that made it")
         told = raw["spec"]
-        far_end = FarEnd(told.get("far_end", FarEnd.NAMESPACE))  # older files have neither this
-        layout = Layout(told.get("layout", Layout.BRIDGE))  # nor this
+        # Older files have neither.
+        far_end, layout = FarEnd(told.get("far_end", FarEnd.NAMESPACE)), Layout(told.get("layout", Layout.BRIDGE))
         spec = Spec(**{**told, "runtime": Runtime(told["runtime"]), "far_end": far_end, "layout": layout})
         if spec.name != name or not re.fullmatch(r"[0-9a-f]{32}", raw["id"]):
             raise LabError(f"{path}: expected the state of lab {name!r}")

@@ -21,6 +21,7 @@ from mace.lab import (
     attach,
     check,
     down,
+    layouts,
     lifecycle,
     list_labs,
     netns,
@@ -146,10 +147,11 @@ def test_many_containers(name):
         (Layout.CILIUM, "tc filter show dev OUTER ingress", "direct-action"),
     ],
 )
-def test_layouts_reach_everyone_both_ways_without_translation(name, layout, command, shown):
+def test_layouts_reach_everyone_both_ways_without_translation(name, layout, command, shown, monkeypatch):
     code = "import socket; s = socket.create_server(('', 7)); print('ready', flush=True); print(s.accept()[1][0])"
     told = "ip rule; ip route show table all; ip neigh show nud permanent; tc filter show dev OUTER ingress"
     with running(Spec(name, containers=2, layout=layout)) as lab:
+        assert lab.network == f"layout {layout}, far end {lab.address('remote')}"
         assert shown in lab.popen("host", command.replace("OUTER", lab.outer_device).split()).communicate()[0]
         ways = [("c1", "remote"), ("remote", "c2"), ("c1", "c2"), ("c1", "host"), ("host", "c2")]
         for sender, to in ways:
@@ -162,6 +164,10 @@ def test_layouts_reach_everyone_both_ways_without_translation(name, layout, comm
         assert server.communicate(timeout=10)[0] == f"{lab.address('c1')}\n"
         address, words = lab.address("c1"), ["sh", "-c", told.replace("OUTER", lab.outer_device)]
         before = lab.popen("host", words).communicate()[0].splitlines()
+        with monkeypatch.context() as patch:
+            patch.setattr(layouts, "build_container", lambda *_: (_ for _ in ()).throw(LabError("no luck")))
+            with pytest.raises(LabError, match="no luck"):
+                lab.add_container("c3")
         lab.remove_container("c1")
         assert not re.search(rf"\b{re.escape(address)}\b", lab.popen("host", words).communicate()[0])
         lab.add_container("c1")
