@@ -227,7 +227,7 @@ def test_the_command_line(name, tmp_path):
     file.unlink()  # the lab has what it needs
     assert attach(name).ping("c1", count=3).received == 3
     file.write_text(conflist(BRIDGE, version="1.1.0"))
-    assert "removed" in mace("lab", "down", name).stdout
+    assert down(name)
     failed = mace("lab", "up", name, "--cni", file, check=False)
     assert failed.returncode == 1
     (line,) = [line for line in failed.stderr.splitlines() if line.startswith("mace: ")]
