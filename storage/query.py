@@ -452,7 +452,9 @@ class StoreReader:
         )
         for run in runs:
             found.observed(run.hooks)
-        ids = {(one.host, one.container): one.container_id for one in self.containers(where)}
+        containers = self.containers(where)
+        ids = {(one.host, one.container): one.container_id for one in containers}
+        found.pods = {one.container_id: one.pod_containers for one in containers if one.pod_containers}
         parts: list[tuple[Any, ...]] = []
         if from_rows:
             parts += self._fetch(*self._rows_query(where, from_rows))

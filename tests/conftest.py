@@ -31,7 +31,7 @@ from hypothesis import settings
 from collector.bpf.source import BpfSource
 from collector.ftrace import tracefs
 from contracts.errors import Unavailable
-from tests import memory_cgroup
+from tests import containerd, memory_cgroup, pods
 from tests.kernel import beside
 from tests.kernel.matrix import Matrix
 from tests.places import GOLDEN
@@ -214,6 +214,14 @@ def _memory_cgroup() -> str | None:
     return _first([_root(), memory_cgroup.missing()])
 
 
+def _cgroup() -> str | None:
+    return _first([_root(), pods.missing()])
+
+
+def _containerd() -> str | None:
+    return _first([_root(), containerd.missing()])
+
+
 NEEDS: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "tracefs": _tracefs,
@@ -225,6 +233,8 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "bpf": _bpf,
     "nobody": _nobody,
     "memory_cgroup": _memory_cgroup,
+    "cgroup": _cgroup,
+    "containerd": _containerd,
     "bpftrace": _bpftrace,
     "rps": _rps,
     "schedstat": lambda: None if Path("/proc/self/schedstat").exists() else "this kernel has no CONFIG_SCHED_INFO",

@@ -32,6 +32,7 @@ from tests.benchmark import (
     page,
     pcap_pairs,
     perfetto,
+    pods,
     replaying,
     ring_drain,
     rows,
@@ -81,6 +82,7 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "replay_10gb": replaying.replay_10gb,
     "dask_scaling": replaying.dask_scaling,
     "serve": page.run,
+    "pods_1000": pods.run,
 }
 
 
