@@ -135,6 +135,18 @@ def _docker() -> str | None:
     return _first([_root(), _program("dockerd", "--version"), _program("docker", "--version")])
 
 
+def _cni() -> str | None:
+    if not Path("/usr/lib/cni/bridge").exists():
+        return "/usr/lib/cni has no plugins (apt-get install containernetworking-plugins)"
+    return _program("iptables", "--version")
+
+
+def _ifb() -> str | None:
+    add = ["unshare", "--net", "ip", "link", "add", "name", "try-ifb", "type", "ifb"]
+    done = subprocess.run(add, capture_output=True, text=True, timeout=30, check=False)
+    return None if done.returncode == 0 else f"the kernel makes no ifb device: {done.stderr.strip()}"
+
+
 def _bpftrace() -> str | None:
     reason = _first([_root(), _program("bpftrace", "--version")])
     if reason is not None:
@@ -216,6 +228,8 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "netns": _netns,
     "userns": _userns,
     "docker": _docker,
+    "cni": _cni,
+    "ifb": lambda: _first([_netns(), _ifb()]),
     "bpf": _bpf,
     "nobody": _nobody,
     "memory_cgroup": _memory_cgroup,
