@@ -74,7 +74,7 @@ _DEVICE: Final = (
 _CONTAINER_ID: Final = Column(
     "container_id",
     _NAME,
-    "The container's full id from its runtime, which a rename does not change; empty without an id.",
+    "The container's full id from its runtime, which a rename does not change; a pod's UID; empty without an id.",
 )
 
 DELAYS: Final = (
@@ -117,6 +117,12 @@ WINDOWS: Final = (
         "counts", pa.list_(pa.int64()), "Delays in each of these bins; to merge histograms, add the counts per bin."
     ),
     _CONTAINER_ID,
+    Column(
+        "pod_containers",
+        _NAME,
+        "Containers that have started in a pod, separated by commas; they share its devices. Empty for other"
+        " containers.",
+    ),
 )
 LEDGER: Final = (
     Column("time", _TIME, "Time before which this row accounts for all records."),
@@ -163,6 +169,13 @@ RUNS: Final = (
     Column("hooks", pa.list_(pa.string()), "Tracepoints that were enabled."),
     Column("mace_version", pa.string(), "Version of MACE that captured."),
     Column("command", pa.list_(pa.string()), "Command line of the capture."),
+    Column(
+        "clock_state",
+        pa.string(),
+        "The kernel's state of UTC when the run began: `synchronised`, `unsynchronised`; empty if not recorded.",
+    ),
+    Column("max_error_ns", pa.int64(), "Largest error of UTC itself by the kernel (adjtimex), with that state."),
+    Column("est_error_ns", pa.int64(), "Error of UTC itself that the kernel was told to expect, with that state."),
 )
 COST: Final = (
     Column("time", _TIME, "Time up to which the row counts the run's calls."),
@@ -334,6 +347,12 @@ def _container_ids(device: npt.NDArray[Any], devices: Sequence[Device]) -> pa.Ar
     return _told(code, [d.container_id for d in here])
 
 
+def _pod_containers(device: npt.NDArray[Any], devices: Sequence[Device]) -> pa.Array:
+    """Return the column `pod_containers`."""
+    code, here, _ = _used(device, devices)
+    return _told(code, [d.pod_containers for d in here])
+
+
 def _owner_netns(owner: npt.NDArray[Any], devices: Sequence[Device]) -> pa.Array:
     """Return the column `owner_netns`."""
     code, here, _ = _used(owner, devices)
@@ -413,6 +432,7 @@ def windows_table(
             pa.ListArray.from_arrays(offsets, pa.array(windows.bins.astype(np.uint16))),
             pa.ListArray.from_arrays(offsets, pa.array(windows.counts)),
             _container_ids(device, devices),
+            _pod_containers(device, devices),
         ],
         schema=SCHEMAS["windows"],
     )
@@ -563,7 +583,8 @@ def _nothing(type_: pa.DataType, rows: int) -> pa.Array:
     """Return a column of default values: 0, false, an empty name or list."""
     if pa.types.is_dictionary(type_):
         return _constant("", rows)
-    return pa.array([[] if pa.types.is_list(type_) else 0] * rows, type_)
+    nothing: Any = [] if pa.types.is_list(type_) else "" if pa.types.is_string(type_) else 0
+    return pa.array([nothing] * rows, type_)
 
 
 def cost_table(header: StreamHeader, time_ns: int, cost: Sequence[HookCost]) -> pa.Table:
@@ -582,6 +603,7 @@ def cost_table(header: StreamHeader, time_ns: int, cost: Sequence[HookCost]) -> 
 
 def runs_table(header: StreamHeader) -> pa.Table:
     """Return the row of `runs` (columns `RUNS`) for a run."""
+    kernel = header.clock.kernel
     return pa.Table.from_arrays(
         [
             pa.array([header.clock.utc_ns], pa.int64()).cast(_TIME),
@@ -594,6 +616,9 @@ def runs_table(header: StreamHeader) -> pa.Table:
             pa.array([list(header.hooks)], pa.list_(pa.string())),
             pa.array([header.mace_version]),
             pa.array([list(header.command)], pa.list_(pa.string())),
+            pa.array([kernel.state if kernel else ""]),
+            pa.array([kernel.max_error_ns if kernel else 0], pa.int64()),
+            pa.array([kernel.est_error_ns if kernel else 0], pa.int64()),
         ],
         schema=SCHEMAS["runs"],
     )

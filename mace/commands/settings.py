@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collector.files import FileOptions, LocalRecording
     from contracts.figures import Summary
     from mace.replaying.part import RecordedFile
+    from storage.sealing.keys import SealKey
 
 
 def configured(
@@ -127,8 +128,17 @@ def lab_of(name: str | None) -> lab.Lab | None:
     return lab.attach(name) if name else None
 
 
-def spec(shape: LabShape, name: str, far_end: FarEndOptions | None = None) -> lab.Spec:
-    """Return the specification of a lab with that name, shape and far end."""
+def spec(
+    shape: LabShape,
+    name: str,
+    far_end: FarEndOptions | None = None,
+    cni: Path | None = None,
+    layout: str = lab.Layout.BRIDGE,
+) -> lab.Spec:
+    """Return the specification of a lab with that name, shape, far end, and network of plugins or layout.
+
+    Raises `UsageError` if the file of the network cannot be read.
+    """
     return lab.Spec(
         name=name,
         containers=shape.containers,
@@ -137,7 +147,17 @@ def spec(shape: LabShape, name: str, far_end: FarEndOptions | None = None) -> la
         runtime=lab.Runtime(shape.runtime),
         far_end=lab.FarEnd(far_end.far_end) if far_end else lab.FarEnd.NAMESPACE,
         guest_kernel=str(far_end.guest_kernel.absolute()) if far_end and far_end.guest_kernel else "",
+        cni=network_text(cni) if cni else "",
+        layout=lab.Layout(layout),
     )
+
+
+def network_text(file: Path) -> str:
+    """Return the text of a CNI network configuration list. Raises `UsageError` if the file cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file}: {error.strerror if isinstance(error, OSError) else error}") from None
 
 
 @contextmanager
@@ -198,9 +218,18 @@ def _file_options(options: RecordingOptions) -> FileOptions:
     )
 
 
-def tee(path: Path | None) -> CaptureSink | None:
-    """Return the sink for the capture file of `--record`; None without that option."""
-    return CaptureSink(path) if path else None
+def tee(path: Path | None, seal: SealKey | None = None) -> CaptureSink | None:
+    """Return the sink for the capture file of `--record`, which `seal` seals; None without that option."""
+    return CaptureSink(path, seal=seal) if path else None
+
+
+def seal_key(path: Path | None) -> SealKey | None:
+    """Return the key of `--seal`; None without that option. Raises `SealError`, and `MissingExtra`."""
+    if path is None:
+        return None
+    from storage.sealing import keys
+
+    return keys.seal_key(path)
 
 
 def lasting(duration_s: float | None) -> Until:

@@ -35,6 +35,9 @@ from correlator.stage import correlate
 if TYPE_CHECKING:
     from storage.embedded import EmbeddedStore
 
+if TYPE_CHECKING:  # sealing needs an extra
+    from storage.sealing.keys import SealKey
+
 _CHANNEL_ITEMS = 4
 """Capacity of a channel. A source yields an item every 50 to 250 ms, so four items are at most a second."""
 
@@ -233,11 +236,11 @@ async def stopped_by_signals(stop: Stop) -> AsyncIterator[None]:
 
 
 def embedded_store(
-    config: StoreConfig, path: Path, *, rows: bool, cpus: Callable[[], CpuReadings] | None
+    config: StoreConfig, path: Path, *, rows: bool, cpus: Callable[[], CpuReadings] | None, seal: SealKey | None = None
 ) -> EmbeddedStore:
     """Return the embedded store at `path`, with the configured flush interval, synchronisation and retention.
 
-    `cpus` reads this machine's CPUs, whose readings are stored, too.
+    `cpus` reads this machine's CPUs, whose readings are stored, too. `seal` seals the store.
     """
     from storage.embedded import EmbeddedStore  # noqa: PLC0415 (loads Arrow, which a run without a store does not need)
 
@@ -249,4 +252,5 @@ def embedded_store(
         max_age_s=config.max_age_s,
         max_bytes=config.max_bytes,
         cpus=cpus,
+        seal=seal,
     )

@@ -35,6 +35,7 @@ from storage.shared import Alone
 
 if TYPE_CHECKING:
     from collector.files import LocalRecording
+    from storage.sealing.keys import SealKey  # needs an extra
 
 Until = Callable[[], Awaitable[object]]
 """Returns an awaitable whose end ends the run; it is called when the source is open."""
@@ -54,13 +55,15 @@ async def measure(
     store: Path | None = None,
     tee: StreamSink | None = None,
     publishing: Callable[[], Publishing] | None = None,
+    seal: SealKey | None = None,
     on_open: OnOpen = _ignore,
     on_results: Callable[[Results, Summary], None] = _ignore,
 ) -> Summary:
     """Measure live until `until` ends: run the correlator and write to the store and the configured sinks.
 
     `tee` also gets the raw stream; `publishing` returns its state if it publishes to a broker. `on_results` is called
-    with each result and with the figures so far, the same `Summary` that is returned at the end.
+    with each result and with the figures so far, the same `Summary` that is returned at the end. `seal` seals
+    the store.
     """
     source = live_source(config, raw=tee is not None)
     summary, vitals, opened = Summary(), Vitals(publishing=publishing), asyncio.Event()
@@ -77,7 +80,7 @@ async def measure(
     async with cpu_readings(config.correlate) as cpus, _lasting(until, opened, stop):
         await pipeline.run(
             source,
-            _sinks(config, store, vitals, cpus),
+            _sinks(config, store, vitals, cpus, seal),
             engine=configured.live(config.correlate),
             stop=stop,
             tee=tee,
@@ -240,15 +243,19 @@ def _unfiltered(config: Config) -> Config:
 
 
 def _sinks(
-    config: Config, store: Path | None, vitals: Vitals, cpus: Callable[[], CpuReadings] | None = None
+    config: Config,
+    store: Path | None,
+    vitals: Vitals,
+    cpus: Callable[[], CpuReadings] | None = None,
+    seal: SealKey | None = None,
 ) -> list[Sink]:
     """Return the embedded store, if `store` is given, and the configured sinks.
 
-    `cpus` reads this machine's CPUs, whose readings are stored, too.
+    `cpus` reads this machine's CPUs, whose readings are stored, too. `seal` seals the embedded store.
     """
     embedded: list[Sink] = []
     if store:
-        embedded = [pipeline.embedded_store(config.store, store, rows=config.correlate.rows, cpus=cpus)]
+        embedded = [pipeline.embedded_store(config.store, store, rows=config.correlate.rows, cpus=cpus, seal=seal)]
     return [*embedded, *wanted_sinks(config, vitals)]
 
 

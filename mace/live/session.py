@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collector.files import LocalRecording
     from mace.replaying.into_store import How
     from mace.replaying.part import RecordedFile
+    from storage.sealing.keys import SealKey  # needs an extra
 
 T = TypeVar("T")
 
@@ -61,6 +62,11 @@ class Session:
         return self._stop.requested
 
     @property
+    def header(self) -> StreamHeader | None:
+        """Header of the stream that was observed last; None before the first."""
+        return self._header
+
+    @property
     def utc_offset_ns(self) -> int:
         """Nanoseconds to add to CLOCK_MONOTONIC to get UTC, in the stream that was observed last."""
         return self._header.clock.offset_ns if self._header else 0
@@ -82,6 +88,7 @@ class Session:
         store: Path | None,
         tee: StreamSink | None,
         publishing: Callable[[], Publishing] | None = None,
+        seal: SealKey | None = None,
     ) -> Summary:
         """Measure until `until` ends, with a table on the terminal (`runs.measure`); returns the figures."""
 
@@ -104,6 +111,7 @@ class Session:
                     store=store,
                     tee=tee,
                     publishing=publishing,
+                    seal=seal,
                     on_open=begin,
                     on_results=show,
                 )

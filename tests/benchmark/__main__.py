@@ -32,9 +32,11 @@ from tests.benchmark import (
     page,
     pcap_pairs,
     perfetto,
+    pods,
     replaying,
     ring_drain,
     rows,
+    sealing,
     sinks,
     sizing,
     starting,
@@ -49,6 +51,7 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "cli_start": starting.run,
     "top_cost": top.run,
     "wire": wire.run,
+    "seal_cost": sealing.run,
     "ftrace_decode": ftrace_decode.run,
     "ring_drain": ring_drain.run,
     "capture_to_windows": offline.capture_to_windows,
@@ -83,6 +86,7 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "replay_jobs": replaying.replay_jobs,
     "dask_scaling": replaying.dask_scaling,
     "serve": page.run,
+    "pods_1000": pods.run,
 }
 
 

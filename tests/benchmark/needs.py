@@ -23,6 +23,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "cli_start": (),
     "top_cost": (),
     "wire": (),
+    "seal_cost": (),
     "ftrace_decode": LAB,
     "ring_drain": (),
     "capture_to_windows": LAB,
@@ -57,6 +58,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "replay_jobs": (),
     "dask_scaling": (),
     "serve": ("chromium",),
+    "pods_1000": (),
 }
 """Group -> programs and headers. Python libraries are in the lock; VictoriaMetrics is fetched into the cache."""
 

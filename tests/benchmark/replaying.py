@@ -27,7 +27,6 @@ from contracts.config import Config, StoreConfig
 from contracts.errors import UsageError
 from correlator import configured
 from mace.replaying.into_store import files_at, into_store
-from mace.replaying.jobs import SMALLEST_PART
 from mace.replaying.remaining import Remaining
 from tests.benchmark.figures import figure
 from tests.made_capture import HEADER, TOPOLOGY, batches, traffic
@@ -134,35 +133,39 @@ def _child(capture: Path, store: Path) -> tuple[float, list[tuple[float, int, in
 
 
 def replay_jobs() -> list[dict[str, Any]]:
-    """Compare one job and two on the same captures, in turns: a long one, and one that is hardly worth two processes.
+    """Compare two jobs with one on the same capture, in turns; `peer` is one job. Times include the workers' start.
 
-    The long capture has 10 million records by default (`MACE_BENCH_JOBS_MB=48`). `peer` is one job. The start of the
-    worker processes is included, that of this process is not.
+    The capture has 10 million records by default (`MACE_BENCH_JOBS_MB=48`) and is cut in two parts, although by default
+    so short a recording stays in one process.
     """
     with _room(JOBS_MB) as place:
-        found = []
-        for name, size in (("replay_jobs", JOBS_MB * 1_000_000), ("replay_jobs_short", 2 * SMALLEST_PART + (1 << 16))):
-            capture = place / f"{name}.mace"
-            records = grown(capture, size)
-            rates: dict[int, list[float]] = {1: [], 2: []}
-            for turn in range(ROUNDS):
-                for jobs, into in rates.items():
-                    into.append(records / _with_jobs(capture, place / f"{name}-{turn}-{jobs}", jobs))
-            found.append(
-                figure(name, "records/s", rates[2], "one job", statistics.median(rates[1]))
-                | {"records": records, "one_job_spread": [round(min(rates[1])), round(max(rates[1]))]}
-            )
-        return found
+        capture = place / "long.mace"
+        records = grown(capture, JOBS_MB * 1_000_000)
+        rates: dict[int, list[float]] = {1: [], 2: []}
+        used: dict[int, list[float]] = {1: [], 2: []}
+        for turn in range(ROUNDS):
+            for jobs, into in rates.items():
+                seconds, cpu = _with_jobs(capture, place / f"{turn}-{jobs}", jobs)
+                into.append(records / seconds)
+                used[jobs].append(cpu)
+        return [
+            figure("replay_jobs", "records/s", rates[2], "one job", statistics.median(rates[1])),
+            figure("replay_jobs_one", "records/s", rates[1]),
+            figure("replay_jobs_cpu", "s", used[2], "one job", statistics.median(used[1])),
+        ]
 
 
-def _with_jobs(capture: Path, store: Path, jobs: int) -> float:
-    """Replay once as the command line does, and return the seconds that it took."""
-    begin = time.perf_counter()
-    into_store(files_at([capture]), str(store), configured.replayed(Config().correlate), StoreConfig(), jobs=jobs)
-    seconds = time.perf_counter() - begin
+def _with_jobs(capture: Path, store: Path, jobs: int) -> tuple[float, float]:
+    """Replay once; return seconds, and CPU seconds of this process and of ended children."""
+    begin, before = time.perf_counter(), os.times()
+    engine = configured.replayed(Config().correlate)
+    part = capture.stat().st_size // jobs
+    into_store(files_at([capture]), str(store), engine, StoreConfig(), jobs=jobs, part_bytes=part)
+    seconds, after = time.perf_counter() - begin, os.times()
     shutil.rmtree(store)
-    print(f"bench: {capture.name}, {jobs} jobs: {seconds:.2f} s", file=sys.stderr)
-    return seconds
+    cpu = sum(after[:4]) - sum(before[:4])
+    print(f"bench: {jobs} jobs: {seconds:.2f} s, {cpu:.2f} s of CPU time", file=sys.stderr)
+    return seconds, cpu
 
 
 def dask_scaling() -> list[dict[str, Any]]:

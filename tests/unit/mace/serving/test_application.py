@@ -89,6 +89,7 @@ def test_a_foreign_name_is_refused(port):
     assert headers["content-security-policy"] == POLICY
 
 
+@pytest.mark.slow
 def test_every_view_is_listed_and_is_the_same_in_every_format(port, path):
     reader = Reading(path)
     assert json.loads(ask(port, "/api/")[2]).keys() == views.VIEWS.keys()
@@ -222,6 +223,7 @@ def state(stream):
     return json.loads(line[6:])
 
 
+@pytest.mark.slow
 def test_a_change_of_the_store_is_an_event(tmp_path):
     fill(tmp_path, [make_results(make_delays(20))])
     with serving(tmp_path, ANYWHERE, OPEN) as page, events(page.port) as stream:
@@ -294,6 +296,7 @@ def test_too_many_requests_at_once_are_refused_at_once(path):
     assert reader.view("runs", Asked()).columns["run"] == ["run-1"]
 
 
+@pytest.mark.slow
 def test_a_thousand_connections_leave_the_page_working(port):
     opened = []
     try:
