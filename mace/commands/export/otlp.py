@@ -46,7 +46,7 @@ def run(options: Options, console: Console) -> int:
     from correlator import configured
     from mace.commands import settings
     from mace.replaying import export
-    from mace.replaying.into_store import bar
+    from mace.replaying.progress import bar
     from mace.shown.terminal import warn
 
     chosen = options.packets
