@@ -11,10 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-NAMES_SQL: Final = (
-    "SELECT host, container_id, container, max(epoch_ns(time)) FROM {windows} WHERE container_id != '' GROUP BY ALL"
-)
-"""Query of the rows for `named`."""
 TABLES: Final = ("delays", "windows", "stages")
 """Tables with the names of containers."""
 

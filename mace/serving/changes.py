@@ -1,7 +1,8 @@
 """Whether a store has changed, for pages that follow a live run, without reading any row.
 
-A store changes when a segment of its ledger appears, at most once a second. While nobody asks, nobody looks: a page
-that is stuck or closed costs nothing.
+A store changes when a segment appears. The writer begins a flush with the ledger and ends it with the rows, so that a
+look between the two is followed by another change. While nobody asks, nobody looks: a page that is stuck or closed
+costs nothing.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ class Changes:
             if time.monotonic() - self._looked_s < _LOOK_S:
                 return self._state
             live = [each for table in ("ledger", "runs") for each in segments.listing(self._store, table)]
+            # Rows are of the hours that the ledger was written in, or a little older; a replay's rows all come at once.
+            newest = max((each.hour for each in live), default=0) - 1
+            since_ns = max(newest, 0) * segments.HOUR_NS
+            live += [each for table in ("windows", "delays") for each in segments.listing(self._store, table, since_ns)]
             seen = frozenset(each.path.name for each in live)
             if seen != self._seen:
                 self._state = State(self._state.number + 1, max((each.last for each in live), default=0))

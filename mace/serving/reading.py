@@ -47,7 +47,9 @@ class Reading:
     def view(self, name: str, asked: Asked) -> View:
         """Return a view (`mace.shown.views.view`). Raises its errors, and `Busy`."""
         with self.reader() as reader:
-            key = (self.changes.state().number, name, asked)
+            number = self.changes.state().number
+            reader.keep(number)
+            key = (number, name, asked)
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key][1]
@@ -70,6 +72,16 @@ class Reading:
         finally:
             self._waiting.release()
 
+    def warm(self) -> None:
+        """Read what every view needs first, so that the first viewer does not wait for DuckDB's start."""
+        try:
+            with self.reader() as reader:
+                reader.keep(self.changes.state().number)
+                reader.runs()
+                reader.containers()
+        except MaceError:
+            pass  # whoever asks for a view is told
+
     def close(self) -> None:
         """Wait for the query that runs, and refuse all others.
 
@@ -77,6 +89,8 @@ class Reading:
         """
         with self._lock:
             self._closed = True
+            if self._reader is not None:
+                self._reader.close()
 
     def _keep(self, key: tuple[int, str, Asked], found: View) -> None:
         values = sum(map(len, found.columns.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ def serving(
         # Python adds the address to its text, in its own notation.
         why = os.strerror(error.errno) if error.errno else str(error)
         raise Unavailable(f"the page at {_told(host, port)}", why, "choose another address or port") from error
+    if not made_later:
+        threading.Thread(target=reading.warm, name="mace-warm", daemon=True).start()
     try:
         yield Page(f"http://{_told(host, server.port)}/", server.port, server)
     finally:

@@ -266,13 +266,14 @@ def overview(store: StoreReader, asked: Asked) -> View:
     """
     base = _base(store, asked)
     by = ("host", "container", "netns", "direction")
-    found = store.grouped(base.where, by, source=asked.source)
-    over = store.over_time(base.where, by, points=_SPARK_POINTS, source=asked.source, coarse_bits=_COARSE_BITS)
+    over = store.over_time(
+        base.where, by, points=_SPARK_POINTS, source=asked.source, coarse_bits=_COARSE_BITS, whole=True
+    )
     columns: dict[str, list[Any]] = {name: [] for name in (*by, "rate_per_s", *_FIGURES)}
     spark = []
     filled = {at for stretches in over.groups.values() for at in stretches}
     seconds = (max(filled, default=0) - min(filled, default=0) + 1) * over.width_ns / 1e9
-    for group, whole in found.items():
+    for group, whole in over.whole.items():
         stretches = over.groups.get(group, {})
         values = dict(zip(by, group, strict=True))
         _append(columns, values | {"rate_per_s": round(whole.count / seconds, 1)} | whole.as_dict())
@@ -364,7 +365,7 @@ def time(store: StoreReader, asked: Asked) -> View:
 def heat(store: StoreReader, asked: Asked) -> View:
     """Return the merged histograms per stretch of time, with eight rows per power of two."""
     base = _base(store, asked)
-    over = _over_time(store, asked, base, _COARSE_BITS)
+    over = _over_time(store, asked, base)
     columns: dict[str, list[Any]] = {name: [] for name in ("utc_ns", "direction", "low_ns", "high_ns", "count")}
     for (direction,), stretches in over.groups.items():
         for at in sorted(stretches):
@@ -386,14 +387,10 @@ def heat_rows(delays: Distribution) -> tuple[list[int], list[int], list[int]]:
     return low.tolist(), high.tolist(), counts.tolist()
 
 
-def _over_time(store: StoreReader, asked: Asked, base: _Base, coarse_bits: int = 0) -> OverTime:
+def _over_time(store: StoreReader, asked: Asked, base: _Base) -> OverTime:
+    """Return what both `time` and `heat` show, so that a reader that keeps results reads it once for a page."""
     return store.over_time(
-        base.where,
-        ("direction",),
-        segments=asked.segments(),
-        points=asked.points,
-        source=asked.source,
-        coarse_bits=coarse_bits,
+        base.where, ("direction",), segments=asked.segments(), points=asked.points, source=asked.source
     )
 
 
