@@ -203,6 +203,23 @@ class OverTime:
     """By group, sorted: all of its delays, in bins of the usual width; empty if not asked for."""
 
 
+ROUND_TRIP_FIGURES: Final = ("tool_rtt", "host_rtt", "host_rtt_lower_bound", "nic_rtt", "egress", "ingress")
+"""Figures of a round trip: columns of `round_trips` without their unit, from the tool to the parts."""
+
+
+@dataclass(slots=True)
+class RoundTripsOverTime:
+    """Distributions of round trips per tool, destination, figure and stretch of time."""
+
+    first_utc_ns: int
+    """Start of stretch 0."""
+    width_ns: int
+    groups: dict[tuple[str, str, str], dict[int, Distribution]]
+    """By tool, destination and one of `ROUND_TRIP_FIGURES`; then by stretch, of those that have samples."""
+    samples: dict[str, int]
+    """Number of samples by reason; `paired` ones have the figures."""
+
+
 @dataclass(frozen=True, slots=True)
 class PacketRow:
     """One row of `delays`, as a table of packets shows it."""
@@ -629,6 +646,9 @@ class StoreReader:
         told = []
         if where.narrows:
             told.append("The ledger and the grades are of whole runs.")
+        # A run of `mace ping` has neither rows nor windows.
+        counted = {key[:2] for each in self._windows_seen(where)[0] for key in each.ends} if from_windows else set()
+        from_windows = [r for r in from_windows if (r.host, r.run) in counted]
         if from_windows:
             names = ", ".join(r.run for r in from_windows[:5]) + (", ..." if len(from_windows) > 5 else "")
             told.append(f"From windows, not rows: run {names}.")
@@ -781,6 +801,57 @@ class StoreReader:
                 )
             found.append(SoftirqFigures(host, cpu, int(runs), int(by_ksoftirqd), int(run_ns), int(lost), waits))
         return found
+
+    # Round trips of tools.
+
+    @_written_by_mace
+    def round_trips(self, where: Filter = Filter(), points: int = 240) -> RoundTripsOverTime:
+        """Return the round trips of tools per stretch of time, in about `points` stretches of equal width.
+
+        Figures are of the paired samples, so that all of them are of the same exchanges. The filter's device and
+        direction are ignored.
+        """
+        where = self._by_newest_name(where)
+        condition, values = _condition(Filter(where.since_ns, where.until_ns, run=where.run, host=where.host), [])
+        if where.container is not None:
+            condition, values = f"{condition} AND container = $container", values | {"container": where.container}
+        counts = self._fetch(
+            f"""
+            SELECT reason, count(*), epoch_ns(min(time)), epoch_ns(max(time))
+            FROM {{round_trips}} WHERE {condition} GROUP BY reason ORDER BY reason
+            """,
+            where,
+            values,
+        )
+        samples = {reason: int(count) for reason, count, _, _ in counts}
+        spans = [(first, last) for reason, _, first, last in counts if reason == "paired"]
+        if not spans:
+            return RoundTripsOverTime(where.since_ns or 0, 1, {}, samples)
+        [(first, last)] = spans
+        width_ns = (last - first) // points + 1
+        named = ", ".join(f"'{name}'" for name in ROUND_TRIP_FIGURES)
+        figures = ", ".join(f"{name}_ns" for name in ROUND_TRIP_FIGURES)
+        by = ("tool", "destination", "figure", "stretch")
+        keys = ", ".join(by)
+        cells = self._query(
+            f"""
+            SELECT {keys}, {BIN_SQL} AS bin, count(*) AS n, sum(delay_ns) AS s, min(delay_ns) AS lo, max(delay_ns) AS hi
+            FROM (
+                SELECT tool, destination, {_STRETCH_SQL} AS stretch, unnest([{named}]) AS figure,
+                       unnest([{figures}]) AS delay_ns
+                FROM {{round_trips}} WHERE {condition} AND reason = 'paired'
+            )
+            WHERE delay_ns IS NOT NULL GROUP BY ALL ORDER BY {keys}, bin
+            """,
+            where,
+            values | {"first": first, "width": width_ns},
+            None,
+            lambda connection, sql, values: connection.sql(sql, params=values).to_arrow_table(),
+        )
+        found: dict[tuple[str, str, str], dict[int, Distribution]] = {}
+        for (*group, at), numbers in _groups(cells, by):
+            found.setdefault((group[0], group[1], group[2]), {}).setdefault(int(at), Distribution()).add(*numbers)
+        return RoundTripsOverTime(first, width_ns, found, samples)
 
     # Single packets.
 

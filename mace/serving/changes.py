@@ -48,7 +48,11 @@ class Changes:
             # Rows are of the hours that the ledger was written in, or a little older; a replay's rows all come at once.
             newest = max((each.hour for each in live), default=0) - 1
             since_ns = max(newest, 0) * segments.HOUR_NS
-            live += [each for table in ("windows", "delays") for each in segments.listing(self._store, table, since_ns)]
+            live += [
+                each
+                for table in ("windows", "delays", "round_trips")
+                for each in segments.listing(self._store, table, since_ns)
+            ]
             seen = frozenset(each.path.name for each in live)
             if seen != self._seen:
                 self._state = State(self._state.number + 1, max((each.last for each in live), default=0))

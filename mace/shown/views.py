@@ -22,7 +22,7 @@ from contracts.histogram import MAX_NS, SUB_BITS, lower_bounds, merge, middles
 from contracts.ledger import Ledger
 from contracts.schema import Direction, Grades, Segment
 from mace.shown.instants import instant_ns
-from storage.query import Filter, From, OverTime, PacketPath, Run, StoreReader
+from storage.query import ROUND_TRIP_FIGURES, Filter, From, OverTime, PacketPath, Run, StoreReader
 
 MOST_POINTS: Final = 2_000
 """Most stretches of time in a view, more than a screen has columns."""
@@ -394,6 +394,27 @@ def _over_time(store: StoreReader, asked: Asked, base: _Base) -> OverTime:
     )
 
 
+def round_trips(store: StoreReader, asked: Asked) -> View:
+    """Return quantiles of round trips per stretch of time: of the tool, of a host process, and from the outer device.
+
+    `whole` has the same columns of all samples together, without a time, and `samples` the samples by reason.
+    """
+    base = _base(store, asked)
+    over = store.round_trips(base.where, asked.points)
+    named = ("tool", "destination", "figure")
+    columns: dict[str, list[Any]] = {name: [] for name in ("utc_ns", *named, *_FIGURES)}
+    whole: dict[str, list[Any]] = {name: [] for name in (*named, *_FIGURES)}
+    order = {name: number for number, name in enumerate(ROUND_TRIP_FIGURES)}
+    for group, stretches in sorted(over.groups.items(), key=lambda each: (*each[0][:2], order[each[0][2]])):
+        values = dict(zip(named, group, strict=True))
+        for at in sorted(stretches):
+            start = over.first_utc_ns + at * over.width_ns
+            _append(columns, values | {"utc_ns": start} | stretches[at].as_dict())
+        _append(whole, values | sum(stretches.values(), Distribution()).as_dict())
+    about = {"whole": whole, "samples": over.samples, "width_ns": over.width_ns}
+    return View(columns, _noted(store, base.about()) | about)
+
+
 def sources(store: StoreReader, asked: Asked) -> View:
     """Return the figures by the source that recorded the packets, to compare with a baseline."""
     base = _base(store, asked)
@@ -459,6 +480,7 @@ VIEWS: Final[dict[str, Kind]] = {
     "path": Kind(path, "typical path of each container's packets"),
     "time": Kind(time, "quantiles over time"),
     "heat": Kind(heat, "histograms over time"),
+    "round_trips": Kind(round_trips, "round trips of tools, of a host process and of the outer device, over time"),
     "sources": Kind(sources, "figures by source"),
     "runs": Kind(runs, "capture runs"),
     "packets": Kind(packets, "slowest packets of a region of time and delay"),

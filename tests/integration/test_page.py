@@ -15,6 +15,7 @@ from mace.serving.server import serving
 from storage import sql
 from storage.query import StoreReader
 from tests.made_results import make_delays, make_results, make_windows, topology
+from tests.made_trips import kept, made_trips
 from tests.measuring import ROOT, mace, start, wait_for
 from tests.nasty_names import NASTY, named_devices
 from tests.unit.storage.stored import fill
@@ -175,6 +176,30 @@ def test_a_part_of_the_time_is_drawn_from_its_own_histograms(browser, url, store
         page.js("document.querySelector('#range button[aria-label=\"zoom out\"]').click()")
         page.until(f"document.body.dataset.shown && !document.body.dataset.shown.includes('{middle}')")
         quiet(page, url)
+
+
+def test_round_trips_are_drawn_where_there_are_any(browser, tmp_path):
+    delays = make_delays(400, containers=2)
+    fill(tmp_path, [make_results(delays, containers=2, windows=make_windows(delays))])
+    kept(tmp_path, made_trips())
+    with serving(tmp_path, ANYWHERE, OPEN) as served, browser.page() as page:
+        page.shown(f"{served.url}#/container?container=c1&host=testhost")
+        section = "document.querySelector('section[data-view=round_trips]')"
+        rows = sql.table(StoreReader(tmp_path), "SELECT * FROM round_trips WHERE reason = 'paired'")
+        # The chart's legend is a table, too.
+        shown = {row[2]: row for row in table(page, "round_trips") if len(row) == 8}
+        assert list(shown) == ["tool RTT", "host RTT", "host RTT, lower bound", "NIC RTT", "egress", "ingress"]
+        for name, column in (("tool RTT", "tool_rtt_ns"), ("NIC RTT", "nic_rtt_ns")):
+            expected = ["ping", "203.0.113.2", f"{len(rows)}", us(max(rows[column].to_pylist()))]
+            assert [*shown[name][:2], shown[name][3], shown[name][7]] == expected
+        assert page.js(f"{section}.querySelectorAll('canvas').length") == 1
+        legend = page.js(f"[...{section}.querySelectorAll('.u-label')].map(each => each.textContent)")
+        assert legend[1:] == ["tool RTT", "host RTT", "host RTT, lower bound", "NIC RTT"]
+        assert "samples: no reply 2 · paired 398" in page.js(f"{section}.innerText")
+        assert "lost 3" in page.js("document.querySelector('footer').innerText")
+        page.shown(f"{served.url}#/container?container=c0&host=testhost")
+        assert page.js(f"{section}.hidden")
+        quiet(page, served.url)
 
 
 def test_the_keyboard_alone(browser, url):

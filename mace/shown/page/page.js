@@ -78,7 +78,8 @@
   const owner = (row, view) => `${severalHosts(view) ? `${row.host}/` : ""}${row.container || row.netns}`;
 
   // Sections ---------------------------------------------------------------------------------------------
-  // A section: { title, view, asked, draw(place, view, state) }. `state` lasts as long as the page is shown.
+  // A section: { title, view, asked, draw(place, view, state), empty(view) }. `state` lasts as long as the page is shown;
+  // a section whose view is `empty` is hidden.
 
   SECTIONS_OF.overview = (asked) => [
     {
@@ -192,6 +193,7 @@
       },
       { title: "Distributions, device by device", view: "distributions", asked: its, draw: mace.drawDistributions },
       { title: "Device by device, in the order of the path", view: "devices", asked: its, draw: drawDevices(asked) },
+      { title: "Round trips of tools", view: "round_trips", asked: its, draw: drawRoundTrips, empty: (view) => !Object.keys(view.samples).length },
       { title: "Slowest packets", view: "packets", asked: { ...its, limit: 20 }, draw: drawPackets },
       { title: "Sources side by side", view: "sources", asked: its, draw: drawSources },
     ];
@@ -291,6 +293,22 @@
         ),
       );
     };
+  }
+
+  const RTT = { tool_rtt: "tool RTT", host_rtt: "host RTT", host_rtt_lower_bound: "host RTT, lower bound", nic_rtt: "NIC RTT", egress: "egress", ingress: "ingress" };
+  function drawRoundTrips(place, view) {
+    const rows = mace.rows(view);
+    place.append(node("p", {}, `samples: ${Object.entries(view.samples).map(([reason, count]) => `${printable(reason.replaceAll("_", " "))} ${mace.count(count)}`).join(" · ")}`));
+    mace.drawRoundTrips(place, view, rows, RTT);
+    const whole = mace.rows({ columns: view.whole });
+    if (!whole.length) return;
+    place.append(
+      table(
+        ["tool", "destination", "figure", "samples", ...FIGURES.slice(1)],
+        whole.map((row) => [name(row.tool), name(row.destination), { text: RTT[row.figure] || row.figure }, ...figures(row)]),
+        "round trips",
+      ),
+    );
   }
 
   function drawSources(place, view) {
@@ -459,6 +477,7 @@
     const focused = section.body.contains(before) ? [before.tagName, before.textContent, before.getAttribute("aria-label")] : null;
     if (keeps(section, before)) return;
     const fresh = node("div", { class: "chart" });
+    section.body.closest("section").hidden = Boolean(section.empty?.(view));
     section.body.replaceWith(fresh);
     section.body = fresh;
     section.draw(fresh, view, section.state);
