@@ -53,7 +53,7 @@ class Changes:
                 for table in ("windows", "delays", "round_trips")
                 for each in segments.listing(self._store, table, since_ns)
             ]
-            seen = frozenset(each.path.name for each in live)
+            seen = frozenset(str(each.path) for each in live)
             if seen != self._seen:
                 self._state = State(self._state.number + 1, max((each.last for each in live), default=0))
                 self._seen = seen

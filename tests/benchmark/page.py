@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 
 from contracts.ledger import Ledger
 from correlator.windows import Windows
-from mace.serving.access import Access
+from mace.serving.access import PERFETTO_UI, Access
 from mace.serving.server import serving
 from mace.shown.page.assets import ASSETS, page
 from storage.embedded import EmbeddedStore
@@ -41,7 +41,7 @@ def run() -> list[dict[str, Any]]:
         finally:
             browser.close()
         slowest = [max(_answered(store, name) for name in VIEWS) for _ in range(ROUNDS)]
-    size = len(page("x").encode()) + sum(len(asset.read()) for asset in ASSETS.values())
+    size = len(page("x", PERFETTO_UI).encode()) + sum(len(asset.read()) for asset in ASSETS.values())
     return [
         figure("serve_overview", "s", painted),
         figure("serve_view", "s", slowest),

@@ -356,10 +356,11 @@
   // The trace of a packet: a download, or handed to the Perfetto UI in another tab. Only this button opens another origin.
   function traceForm(asked) {
     const address = mace.address("trace", asked);
-    const origin = "https://ui.perfetto.dev";
+    const ui = document.querySelector("meta[name=perfetto-ui]").content;
+    const { origin, host } = new URL(ui);
     const said = node("span", { role: "status", class: "dim" });
     const hand = async () => {
-      const opened = window.open(origin);
+      const opened = window.open(ui);
       if (!opened) {
         said.textContent = "The browser has blocked the window: download the trace and open it there.";
         return;
@@ -372,17 +373,27 @@
       }
       const buffer = await answer.arrayBuffer();
       // Perfetto's protocol: PING until the UI answers PONG, then the trace.
-      const ping = setInterval(() => opened.postMessage("PING", origin), 50);
-      const listen = (event) => {
-        if (event.source !== opened || event.origin !== origin || event.data !== "PONG") return;
+      const stop = () => {
         clearInterval(ping);
         window.removeEventListener("message", listen);
+      };
+      const ping = setInterval(() => {
+        if (!opened.closed) {
+          opened.postMessage("PING", origin);
+          return;
+        }
+        stop();
+        said.textContent = "The window of the Perfetto UI was closed before it was ready.";
+      }, 50);
+      const listen = (event) => {
+        if (event.source !== opened || event.origin !== origin || event.data !== "PONG") return;
+        stop();
         opened.postMessage({ perfetto: { buffer, title: `MACE packet ${asked.packet}` } }, origin);
         said.textContent = "The Perfetto UI has the trace; the trace does not leave this browser.";
       };
       window.addEventListener("message", listen);
     };
-    return node("p", { class: "trace" }, node("a", { href: address, download: "" }, "Perfetto trace of this packet and its neighbours"), " ", node("button", { type: "button", onclick: hand }, "open in ui.perfetto.dev"), " ", said);
+    return node("p", { class: "trace" }, node("a", { href: address, download: "" }, "Perfetto trace of this packet and its neighbours"), " ", node("button", { type: "button", onclick: hand }, `open in ${host}`), " ", said);
   }
 
   // Every view's data --------------------------------------------------------------------------------------
