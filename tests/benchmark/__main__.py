@@ -30,6 +30,7 @@ from tests.benchmark import (
     needs,
     offline,
     page,
+    page_cost,
     pcap_pairs,
     perfetto,
     replaying,
@@ -81,6 +82,7 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "replay_10gb": replaying.replay_10gb,
     "dask_scaling": replaying.dask_scaling,
     "serve": page.run,
+    "serve_cost": page_cost.run,
 }
 
 

@@ -55,6 +55,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "replay_10gb": (),
     "dask_scaling": (),
     "serve": ("chromium",),
+    "serve_cost": LAB,
 }
 """Group -> programs and headers. Python libraries are in the lock; VictoriaMetrics is fetched into the cache."""
 
