@@ -56,7 +56,10 @@ _BATCH_WINDOWS: Final = 8_192
 _FOREVER: Final = (1 << 63) - 1
 _LONG_NS: Final = 3 * 3_600_000_000_000
 """Above this range of time the store's wide windows are read, which have a tenth of the rows and the same delays."""
+_SEEN_BESIDE: Final = 1_024
+"""Segments, besides as many as are live, of which a reader knows what they say of the whole: merged or not asked for."""
 _KEPT_RUNS: Final = 8
+"""Results of `runs` that a reader keeps, by filter."""
 _KEPT_FIGURES: Final = 4
 """Results that a reader keeps of each method: views of one page ask for the same ones."""
 _MOST_WHOLE: Final = 100_000
@@ -546,9 +549,6 @@ class StoreReader:
             bad = self._damaged_of(live)
             live = [each for each in live if each.path not in bad]
             if new := [each for each in live if each.path not in self._seen]:
-                if len(self._seen) > _MOST_WHOLE:
-                    self._seen.clear()
-                    new = live
                 with self._connected() as connection:
                     try:
                         rows = connection.execute(_SEEN_SQL.format(windows=_read(new, filename=True))).fetchall()
@@ -557,6 +557,8 @@ class StoreReader:
                             continue  # merged meanwhile
                         return [], False
                 self._seen |= _seen_of(new, rows)
+            if len(self._seen) > 2 * len(live) + _SEEN_BESIDE:
+                self._seen = {each.path: self._seen[each.path] for each in live}
             return [self._seen[each.path] for each in live], not bad and not self.damaged
         return [], False
 

@@ -178,6 +178,15 @@ def test_windows_stand_for_rows_wherever_they_are_complete(minutes, tmp_path, si
     assert histograms(StoreReader(copy).grouped(Filter(since_ns=since))) == before
 
 
+def test_a_reader_forgets_segments_that_were_merged(minutes):
+    reader = StoreReader(minutes)
+    names = reader.containers()
+    [one, *_] = reader._seen.values()
+    reader._seen |= {minutes / f"{number}.parquet": one for number in range(10_000)}
+    assert reader.containers() == names
+    assert set(reader._seen) == {each.path for each in reader.segments("windows")}
+
+
 def test_a_reader_that_keeps_results_reads_anew_when_the_store_has_changed(tmp_path):
     delays = make_delays(200)
     fill(tmp_path, [make_results(delays, windows=make_windows(delays))])
