@@ -57,7 +57,7 @@ _FOREVER: Final = (1 << 63) - 1
 _LONG_NS: Final = 3 * 3_600_000_000_000
 """Above this range of time the store's wide windows are read, which have a tenth of the rows and the same delays."""
 _SEEN_BESIDE: Final = 1_024
-"""Segments, besides as many as are live, of which a reader knows what they say of the whole: merged or not asked for."""
+"""Segments beside the live ones of which a reader remembers what they say: merged ones, or of another time."""
 _KEPT_RUNS: Final = 8
 """Results of `runs` that a reader keeps, by filter."""
 _KEPT_FIGURES: Final = 4

@@ -1,8 +1,9 @@
-"""`mace calibrate`: measures the tracer's own cost, which `mace ping` and `mace wrap` subtract from the host RTT."""
+"""`mace calibrate`: measures what host RTTs need: the tracer's own cost, and the host path term for recordings."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=whole_at_least(3),
         default=10,
         metavar="N",
-        help="rounds, of 6 seconds each; more make the interval narrower (default 10)",
+        help="rounds, of 10 seconds each; more make the interval narrower (default 10)",
     )
     with_capture(parser)
     with_config(parser)
@@ -35,21 +36,27 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Options, console: Console) -> int:
-    """Measure the cost in a test network, keep it, and print it."""
+    """Measure cost and term in a test network, keep them, and print them."""
     from mace.commands import settings
     from mace.live.first import name_of
-    from mace.tools import tracer_cost
+    from mace.tools import calibration
 
     configured = settings.configured(options.config, capture=options.capture)
     source = name_of(configured.capture)
     # Each round opens the source anew; one line each would say nothing.
     session = settings.session(configured, JSON, console)
     said = settings.session(configured, options.format, console)
-    found = tracer_cost.measured(source, session, tracer_cost.PACES, options.rounds, said.say)
-    tracer_cost.keep(found)
+    ping = [sys.executable, "-m", "mace", "ping", "--source", source]
+    if options.capture.ring_mib:
+        ping += ["--ring-mib", str(options.capture.ring_mib)]
+    if options.config:
+        ping += ["--config", str(options.config)]
+    found = calibration.measured(source, session, calibration.PACES, options.rounds, ping, said.say)
+    calibration.keep(found)
     if options.format == JSON:
-        console.json(found.as_dict() | {"kept": str(tracer_cost.place())})
+        console.json(found.as_dict() | {"kept": str(calibration.place())})
     else:
-        console.out().print(tracer_cost.table(found))
-        console.line(f"kept in {tracer_cost.place()}, for Linux {found.kernel} on {found.cpu}")
+        for table in calibration.tables(found):
+            console.out().print(table)
+        console.line(f"kept in {calibration.place()}, for Linux {found.kernel} on {found.cpu}")
     return 0

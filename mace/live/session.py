@@ -58,6 +58,11 @@ class Session:
         return self._stop.requested
 
     @property
+    def header(self) -> StreamHeader | None:
+        """Header of the stream that was observed last; None before the first."""
+        return self._header
+
+    @property
     def utc_offset_ns(self) -> int:
         """Nanoseconds to add to CLOCK_MONOTONIC to get UTC, in the stream that was observed last."""
         return self._header.clock.offset_ns if self._header else 0

@@ -6,32 +6,27 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
-from contracts.config import CaptureConfig
 from contracts.interfaces import StreamHeader, StreamSink
 from contracts.schema import HookCost
 from correlator.correction import Corrections
 from correlator.samples import Samples
+from mace.tools.calibration import Calibration, counted, kept
 from mace.tools.corrected import Corrected
 from mace.tools.host_probes import HostProbes
-from mace.tools.host_rtt import Cost, ToolTimes, added_ns
-from mace.tools.tracer_cost import TracerCost, counted, kept
+from mace.tools.host_rtt import Cost, ToolTimes
 
 _LATEST: Final = 512
 """Samples to which the probes are compared for a line; the figures at the end use all."""
 
 
 class Beside:
-    """The probes beside one run of a tool in the namespace of `netns_fd`, and the tracer's cost.
+    """The probes beside one run of a tool, and the tracer's cost. With `send` false no probes are sent."""
 
-    With `probes` false no probes are sent, and no cost is needed.
-    """
-
-    def __init__(self, netns_fd: int, capture: CaptureConfig, *, probes: bool = True) -> None:
-        self.probes = HostProbes(netns_fd, capture.host_netns)
-        if not probes:
-            self.probes.why_not = "--no-probes"
-        self._needs_cost = probes
-        self._cost: TracerCost | None = None
+    def __init__(self, probes: HostProbes, *, send: bool = True) -> None:
+        self.probes = probes
+        if not send:
+            probes.why_not = "--no-probes"
+        self._cost: Calibration | None = None
         self._no_cost = ""
         """Why there is no cost of the source that is kept; known once the source is open."""
         self._times: deque[ToolTimes] = deque()
@@ -41,8 +36,7 @@ class Beside:
         return self.probes.tee(sink, self._opened)
 
     def _opened(self, header: StreamHeader) -> None:
-        if self._needs_cost:
-            self._cost, self._no_cost = kept(header.source)
+        self._cost, self._no_cost = kept(header.source)
 
     def added_ns(self, samples: Samples, corrections: Corrections, costs: Sequence[HookCost]) -> float | None:
         """Return what turns the lower bound of further samples into the host RTT, ns; None if that is not known yet.
@@ -56,9 +50,10 @@ class Beside:
             return None
         while len(self._times) > 1 and sum(map(len, self._times)) - len(self._times[0]) >= _LATEST:
             self._times.popleft()
-        return added_ns(
-            ToolTimes.concatenate(self._times), self.probes.probes, self._cost_now(costs), alone=self.probes.rarer
-        )
+        found = self.probes.added_ns(ToolTimes.concatenate(self._times), self._cost_now(costs))
+        if found is None and self.probes.why_not and self._cost is not None:
+            return self._cost.added_ns(self.probes.pace_s)
+        return found
 
     def finished(self, found: Corrected) -> Corrected:
         """Return the result of the tool, which has ended, with the host RTT."""
@@ -66,7 +61,7 @@ class Beside:
         cost = self._cost_now(found.summary.cost)
         warm = self._cost.at(0) if self._cost else cost
         no_cost = "" if cost else f"{self._no_cost}; mace calibrate measures it"
-        return found.probed_by(self.probes, cost, warm, no_cost)
+        return found.probed_by(self.probes, cost, warm, no_cost).calibrated_by(self._cost, self._no_cost)
 
     def _cost_now(self, costs: Sequence[HookCost]) -> Cost | None:
         return self._cost.at(self.probes.pace_s) if self._cost else counted(costs)

@@ -20,6 +20,7 @@ from correlator.samples import Samples
 from correlator.stamps import REQUEST_RESPONSE, StampModel
 from mace.live.session import Session
 from mace.shown import lines, terminal
+from mace.tools.calibration import kept_for
 from mace.tools.corrected import Corrected, Observed, line
 from mace.tools.output import READERS, read
 from mace.tools.samples import Reader
@@ -45,7 +46,8 @@ def corrected(
     """
     observed = Observed()
     session.observed(captured, observed.add)
-    return Corrected.of(samples, observed, reader, _netns(observed, container))
+    found = Corrected.of(samples, observed, reader, _netns(observed, container))
+    return found if session.header is None else found.calibrated_by(*kept_for(session.header))
 
 
 def arrays(

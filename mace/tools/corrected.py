@@ -26,9 +26,10 @@ from correlator.stamps import StampModel
 from correlator.waiting import Waited
 from mace.shown import tables
 from mace.shown.terminal import PlainTable
+from mace.tools.calibration import Calibration
 from mace.tools.following import Followed, Following
 from mace.tools.host_probes import HostProbes
-from mace.tools.host_rtt import Cost, HostRtt, ToolTimes, estimate
+from mace.tools.host_rtt import Cost, HostRtt, ToolTimes, calibrated, paired
 from mace.tools.samples import Reader
 
 FIGURES: Final = {
@@ -54,6 +55,8 @@ _LOWER_BOUND: Final = (
     "of the host RTT only a lower bound is known, the tool RTT less the time in the container's devices: a host "
     "process does a part of that work too"
 )
+NO_PROBES: Final = "probes are sent while a tool runs, by mace ping and mace wrap"
+"""Why a recording has none."""
 _SHOWN: Final = 12
 """Most unpaired samples that are listed per reason; `--json` lists all."""
 
@@ -129,7 +132,7 @@ class Corrected:
     """Name of the container's network namespace."""
     host: HostRtt | None = None
     """What turns the lower bound into the host RTT; None if that is not known."""
-    no_host: str = "probes are sent while a tool runs, by mace ping and mace wrap"
+    no_host: str = NO_PROBES
     """Why it is not known."""
     no_cost: str = ""
     """Why the tracer's cost is not known."""
@@ -171,10 +174,30 @@ class Corrected:
         `cost` is the tracer's, and `warm` that of records that follow others; None if it is not known, and `no_cost`
         says why.
         """
-        found = estimate(ToolTimes.of(self.samples, self.corrections), probes.probes, cost, warm, alone=probes.rarer)
+        found = probes.estimate(ToolTimes.of(self.samples, self.corrections), cost, warm)
         if found is None:
             return replace(self, no_host=probes.remark())
         return replace(self, host=found, no_host="", no_cost=no_cost)
+
+    def calibrated_by(self, calibration: Calibration | None, why_not: str) -> Corrected:
+        """Return the result with the host RTT by a calibration if it is not known; `why_not`: why there is none."""
+        if self.host is not None:
+            return self
+        if calibration is None:
+            return replace(self, no_host=f"{self.no_host}; no calibration is used: {why_not}")
+        tool = ToolTimes.of(self.samples, self.corrections)
+        pace_s = self._pace_s()
+        term = calibration.term_at(pace_s)
+        if term is None:
+            shortest = f"one every {pace_s * 1000:.3g} ms" if pace_s else "unknown"
+            return replace(self, no_host=f"{self.no_host}; the calibration has no term for the tool's pace, {shortest}")
+        found = calibrated(tool, term, calibration.of_round_trip(pace_s))
+        return replace(self, host=found, no_host="", no_cost="") if found else self
+
+    def _pace_s(self) -> float:
+        """Return the median distance of the paired requests, s; 0 with fewer than two."""
+        sent = np.sort(self.corrections.sent_utc_ns[paired(self.samples, self.corrections)])
+        return float(np.median(np.diff(sent))) / 1e9 if len(sent) > 1 else 0.0
 
     @property
     def host_rtt_ns(self) -> Ints:

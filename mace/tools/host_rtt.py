@@ -4,18 +4,24 @@
 
 The *lower bound* of a sample is the tool's RTT less the time in the container's devices (`correlator.correction`). The
 *host path term* (`mace.tools.host_path`) is what a host's packet takes longer on the rest of the way; the *tracer's
-cost* (`mace.tools.tracer_cost`) is what the records within a host's round trip have added to it. Both are one number
+cost* (`mace.tools.calibration`) is what the records within a host's round trip have added to it. Both are one number
 for a run. The stretches of the term come from here:
 
     stretch        host                  container
     send           probes of the host    probes of the container: the tool's clock is read outside the kernel
     device, far    probes of the host    the tool's own packets, which have the same records
 
-Below a pace of 20 ms probes are many times rarer than the tool's packets, and find caches that are as warm as the
+*Direct*: where the tool is ping, the probes are pings at its pace, and the host's are what a host process measures. The
+term is then the difference of medians, without a model of stretches:
+
+    host path term = median round trip of the host's pings - median lower bound
+
+Below a pace of 20 ms other probes are many times rarer than the tool's packets, and find caches that are as warm as the
 tool's only in part. There the container's side of each stretch is its probes.
 
 The interval of the median is a bootstrap of all three: each draw draws samples (in blocks, `correlator.intervals`),
-probes of the host, probes of the container, and the cost. It is widened by Student's t for few probes.
+probes of the host, probes of the container, and the cost. It is widened by Student's t for few probes. With the direct
+term the samples' median cancels: the interval is that of the host's pings and the cost.
 """
 
 from __future__ import annotations
@@ -36,6 +42,9 @@ from mace.tools.host_path import Probe
 
 FEWEST: Final = 3
 """Fewest probes of each side for a term."""
+PING, PROBER, CALIBRATION = "ping", "prober", "calibration"
+_PING_UNIT_NS: Final = 1000
+"""ping prints round trips below 10 ms in whole microseconds."""
 _DRAWS: Final = 1000
 _MOST_SAMPLES: Final = 400
 """Samples in a draw. More are thinned evenly, and the deviations of their medians divided by the root of the ratio."""
@@ -121,6 +130,8 @@ class HostRtt:
     """0 if the far end is on another machine."""
     probes: tuple[int, int]
     """Probes of the host and of the container with records on their whole way."""
+    probed_by: str
+    """"ping" for the direct term, "prober" for the one by stretches, "calibration" for one that was kept."""
     cost_ns: float | None
     """The tracer's cost in a host's round trip; None if it is not known, and then not subtracted."""
     median: intervals.Interval
@@ -159,8 +170,8 @@ class HostRtt:
 
         The keys are term_ns, term_ci95_ns, send_ns, device_ns, far_end_ns, tracer_cost_ns, tracer_cost_ci95_ns and
         tracer_cost_by ("calibration" or "source"; None if the cost is unknown), added_ns (host RTT less lower bound),
-        probes (of host and container), and egress_tracer_cost_ns and ingress_tracer_cost_ns (contained in these
-        overheads at least; None if unknown).
+        probes (of host and container), probed_by ("ping", "prober" or "calibration"), and egress_tracer_cost_ns and
+        ingress_tracer_cost_ns (contained in these overheads at least; None if unknown).
         """
         ends = intervals.bounds(self.cost)
         return {
@@ -174,6 +185,7 @@ class HostRtt:
             "tracer_cost_by": None if self.cost is None else "calibration" if self.cost_measured else "source",
             "added_ns": round(self.added_ns),
             "probes": list(self.probes),
+            "probed_by": self.probed_by,
             "egress_tracer_cost_ns": self.in_devices_ns and round(self.in_devices_ns[0]),
             "ingress_tracer_cost_ns": self.in_devices_ns and round(self.in_devices_ns[1]),
         }
@@ -183,6 +195,10 @@ class HostRtt:
         far = f" far end={_signed(self.far_ns)}" if self.far_ns else ""
         parts = f"send={_signed(self.send_ns)} device={_signed(self.device_ns)}{far}"
         probes = f"{self.probes[0]} host and {self.probes[1]} container probes"
+        if self.probed_by == PING:
+            probes = f"{self.probes[0]} pings from the host"
+        if self.probed_by == CALIBRATION:
+            parts, probes = "by mace calibrate", "a far end on this machine would add to it"
         cost = "the tracer's own cost is not known and not subtracted"
         if self.cost_ns is not None and self.cost is not None:
             by = "measured" if self.cost_measured else "as the source counts it"
@@ -230,26 +246,89 @@ def estimate(
     cost_ns, cost_error_ns = cost.of(sides.records) if cost else (None, 0.0)
     random = np.random.default_rng(_SEED)
     host, container = (_medians(random, columns) for columns in (sides.host, sides.container))
-    few = min(len(sides.host), len(sides.container))
-    wider = _wider(few)
+    wider = _wider(min(len(sides.host), len(sides.container)))
     # Columns of the draws: send, device, far, as deviations from the medians.
     columns = np.array([1, 1, sides.far_here])
     probe_draws = (host @ columns - container @ (columns * [1, alone, alone])) * wider
     tool_draws, bound_draws = _tool_draws(random, tool, far_here=sides.far_here)
     if alone:
-        tool_draws, bound_draws = np.zeros(_DRAWS), bound_draws - tool_draws
+        tool_draws = np.zeros(_DRAWS)
     cost_draws = random.standard_normal(_DRAWS) * cost_error_ns
     term_ns = send + device + far
     middle = float(np.median(tool.lower_bound)) + term_ns - (cost_ns or 0.0)
-    median = _interval(middle, probe_draws + bound_draws - cost_draws)
+    median = _interval(middle, probe_draws + tool_draws + bound_draws - cost_draws)
     term = _interval(term_ns, probe_draws + tool_draws)
     told = None if cost_ns is None else _interval(cost_ns, cost_draws)
     counts = (len(sides.host), len(sides.container))
+    return HostRtt(
+        send, device, far, counts, PROBER, cost_ns, median, term, told, bool(cost and cost.measured),
+        _in_devices(probes, warm),
+    )  # fmt: skip
+
+
+def direct_added_ns(tool: ToolTimes, pings: Sequence[Probe], cost: Cost | None) -> float | None:
+    """Return what to add to lower bounds, ns, by pings at the tool's pace; None with less than `FEWEST` of the host."""
+    outside = [ping for ping in pings if not ping.inside]
+    if len(outside) < FEWEST or not len(tool):
+        return None
+    cost_ns = cost.of([ping.hooks for ping in outside])[0] if cost else 0.0
+    return float(np.median(_round_trips(outside)) - np.median(tool.lower_bound)) - cost_ns
+
+
+def direct(tool: ToolTimes, pings: Sequence[Probe], cost: Cost | None, warm: Cost | None = None) -> HostRtt | None:
+    """Return the direct term and the cost, from pings at the tool's pace.
+
+    None with fewer than `FEWEST` pings of the host, or fewer than `intervals.FEWEST` samples. `warm` is as in
+    `estimate`. The stretch `send` is what device and far end leave of the term.
+    """
+    outside = [ping for ping in pings if not ping.inside]
+    if len(outside) < FEWEST or len(tool) < intervals.FEWEST:
+        return None
+    trips = _round_trips(outside)
+    term_ns = float(np.median(trips) - np.median(tool.lower_bound))
+    device = float(np.median([ping.device_ns for ping in outside]) - np.median(tool.device))
+    answered = [ping.far_ns for ping in outside if ping.far_ns >= 0]
+    far = float(np.median(answered) - np.median(tool.nic)) if len(answered) > len(outside) // 2 else 0.0
+    random = np.random.default_rng(_SEED)
+    host_draws = _medians(random, trips[:, None])[:, 0] * _wider(len(trips))
+    _, bound_draws = _tool_draws(random, tool, far_here=False)
+    cost_ns, cost_error_ns = cost.of([ping.hooks for ping in outside]) if cost else (None, 0.0)
+    cost_draws = random.standard_normal(_DRAWS) * cost_error_ns
+    return HostRtt(
+        term_ns - device - far, device, far, (len(outside), len(pings) - len(outside)), PING, cost_ns,
+        _interval(float(np.median(trips)) - (cost_ns or 0.0), host_draws - cost_draws),
+        _interval(term_ns, host_draws - bound_draws),
+        None if cost_ns is None else _interval(cost_ns, cost_draws), bool(cost and cost.measured),
+        _in_devices(pings, warm),
+    )  # fmt: skip
+
+
+def calibrated(tool: ToolTimes, term: intervals.Interval, cost: intervals.Interval) -> HostRtt | None:
+    """Return a term and a cost that were measured before; None with fewer than `intervals.FEWEST` samples."""
+    if len(tool) < intervals.FEWEST:
+        return None
+    random = np.random.default_rng(_SEED)
+    _, bound_draws = _tool_draws(random, tool, far_here=False)
+    term_draws, cost_draws = (
+        random.standard_normal(_DRAWS) * (each.high - each.low) / 2 / NormalDist().inv_cdf(0.5 + intervals.LEVEL / 2)
+        for each in (term, cost)
+    )
+    middle = float(np.median(tool.lower_bound)) + term.estimate - cost.estimate
+    median = _interval(middle, bound_draws + term_draws - cost_draws)
+    return HostRtt(term.estimate, 0.0, 0.0, (0, 0), CALIBRATION, cost.estimate, median, term, cost, True, None)
+
+
+def _round_trips(pings: Sequence[Probe]) -> Floats:
+    trips: Floats = np.array([ping.rtt_ns for ping in pings], np.float64)
+    return trips + spread_evenly(np.full(len(trips), _PING_UNIT_NS))
+
+
+def _in_devices(probes: Sequence[Probe], warm: Cost | None) -> tuple[float, float] | None:
+    """Return what tracing adds to egress and ingress, by the container's probes; None if there are none."""
     inside = [p for p in probes if p.inside]
-    devices = None
-    if warm is not None:
-        devices = (warm.of([p.egress for p in inside])[0], warm.of([p.ingress for p in inside])[0])
-    return HostRtt(send, device, far, counts, cost_ns, median, term, told, bool(cost and cost.measured), devices)
+    if warm is None or not inside:
+        return None
+    return warm.of([p.egress for p in inside])[0], warm.of([p.ingress for p in inside])[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +378,7 @@ def _medians(random: np.random.Generator, rows: Floats) -> Floats:
 
 
 def _tool_draws(random: np.random.Generator, tool: ToolTimes, *, far_here: bool) -> tuple[Floats, Floats]:
-    """Return deviations of draws of blocks of samples: of the tool's part of the term, and of the median host RTT."""
+    """Return deviations of draws of blocks of samples: of the tool's part of the term, and of the lower bound."""
     step = -(-len(tool) // _MOST_SAMPLES)
     thin = tool[::step]
     block = intervals.block_length(thin.lower_bound)
@@ -314,7 +393,7 @@ def _tool_draws(random: np.random.Generator, tool: ToolTimes, *, far_here: bool)
     rest = -deviations(thin.device)
     if far_here:
         rest = rest - deviations(thin.nic)
-    return rest, rest + deviations(thin.lower_bound)
+    return rest, deviations(thin.lower_bound)
 
 
 def _wider(count: int) -> float:

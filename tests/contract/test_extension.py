@@ -148,6 +148,7 @@ print(failed, index.tolist() == list(range(1, 1001)))
 """
 
 
+@pytest.mark.slow
 def test_every_failed_allocation_raises(tmp_path: Path) -> None:
     folder = copy(tmp_path)
     (folder / "failing.c").write_text(FAILING)

@@ -607,6 +607,7 @@ def test_the_verifiers_verdict_is_told(tmp_path):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("memory_cgroup")
 def test_a_memory_limit():
     """A cgroup that has room for the programs, and for no ring."""

@@ -58,6 +58,7 @@ def test_a_list_of_several_runs():
     in_new_netns(work)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["delete", "move"])
 def test_the_place_to_continue_at_is_gone(verb):
     """A run that finds its place removed, or in another namespace, must not follow it."""

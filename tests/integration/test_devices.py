@@ -205,6 +205,7 @@ def test_check() -> None:
     assert "network namespaces" in status.detail
 
 
+@pytest.mark.slow
 def test_the_lab_s_topology(machine: Machine) -> None:
     machine.add("host", "c1", "c2", "far")
     machine.ip("host", "link add br0 type bridge")
@@ -290,6 +291,7 @@ def test_lower_devices(machine: Machine) -> None:
     assert (found[host, "vx1"].peer_netns, found[host, "vx1"].peer_ifindex) == (0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("bpf")
 def test_both_followers_see_the_same() -> None:
     """Devices of every kind that this kernel has, in two namespaces, with all that netlink says of them."""

@@ -124,7 +124,7 @@ def test_a_kill_loses_no_acknowledged_row_and_the_next_start_cleans_up(tmp_path)
     dice = random.Random(7)
     with running(Spec(name="axe")) as lab:
         traffic = lab.start_udp("c1", count=10_000_000, rate_pps=3_000, duration_s=200)
-        for turn in range(8):
+        for turn in range(4):
             store, file = tmp_path / f"s{turn}", tmp_path / f"f{turn}.mace"
             run = start("run", *FTRACE, "--lab", "axe", "--store", store, "--record", file, "--json")
             wait_for(lambda run=run: instances(run.pid), what="the trace instance")

@@ -12,7 +12,7 @@ from tests.measuring import balanced, mace, start, wait_for
 
 pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow]
 
-COUNT = 120
+COUNT = 100
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def lab():
 
 @pytest.fixture(autouse=True)
 def _uncalibrated(tmp_path, monkeypatch):
-    monkeypatch.setenv("MACE_TRACER_COST", str(tmp_path / "cost.json"))
+    monkeypatch.setenv("MACE_CALIBRATION", str(tmp_path / "cost.json"))
 
 
 def ping(lab, *argv, address=None, **options):
@@ -37,7 +37,7 @@ def probed(found, count):
     """Check what a result with a host RTT has to hold, and return its host path."""
     term, paired = found["host_path"], [row for row in found["samples"] if row["reason"] == "paired"]
     assert found["no_host_rtt"] is None
-    assert min(term["probes"]) >= 3
+    assert term["probes"][0] >= 3
     assert sum(term["probes"]) <= count // 5
     assert {row["host_rtt_ns"] - row["host_rtt_lower_bound_ns"] for row in paired} == {term["added_ns"]}
     assert abs(term["send_ns"] + term["device_ns"] + term["far_end_ns"] - term["term_ns"]) <= 2
@@ -53,7 +53,10 @@ def test_the_default_has_a_host_rtt(lab, source, family):
     argv = ("--source", source, "--json", "-c", COUNT, "-i", "0.05")
     found = json.loads(ping(lab, *argv, address=lab.address(REMOTE, family)).stdout)
     term = probed(found, COUNT)
+    assert term["probed_by"] == "ping"
     assert found["paired"] == COUNT
+    if term["egress_tracer_cost_ns"] is not None:
+        assert min(term["egress_tracer_cost_ns"], term["ingress_tracer_cost_ns"]) > 0
     if source == "bpf":
         assert term["tracer_cost_by"] == "source"
         assert term["tracer_cost_ns"] > 0
@@ -68,6 +71,8 @@ def test_lines_have_what_is_known_by_then_and_the_measured_cost(lab):
     for pace in made["paces"]:
         assert pace["events"] >= 4
         assert pace["low_ns"] <= pace["per_event_ns"] <= pace["high_ns"]
+    assert [term["interval_s"] for term in made["terms"]] == [0.01, 0.05, 0.2]
+    assert all(term["low_ns"] <= term["term_ns"] <= term["high_ns"] for term in made["terms"])
     assert Path(made["kept"]).exists()
     said = ping(lab, "--source", "ftrace", "-c", COUNT, "-i", "0.05").stdout
     kinds = "".join(re.findall(r"icmp_seq=\d+ .* · host([=≥])[0-9.,-]+ nic=", said))
@@ -82,7 +87,7 @@ def test_without_probes_there_is_a_lower_bound(lab):
     done = ping(lab, "--source", "ftrace", "--no-probes", "-c", "20", "-i", "0.01")
     assert "host=" not in done.stdout
     assert "only a lower bound is known" in " ".join(done.stdout.split())
-    assert "(no probes: --no-probes)" in " ".join(done.stdout.split())
+    assert "(no probes: --no-probes; no calibration is used: it has not been measured)" in " ".join(done.stdout.split())
     few = json.loads(ping(lab, "--source", "ftrace", "--json", "-c", "1").stdout)
     assert "too few probes" in few["no_host_rtt"]
     assert "host_rtt_ns" not in few["samples"][0]
@@ -107,7 +112,9 @@ def test_a_destination_that_answers_no_probe(lab):
 def test_another_tool_is_probed_at_its_pace(lab):
     argv = ("wrap", "--source", "ftrace", "--lab", lab.name, "--container", "c1", "--json", "--")
     found = json.loads(mace(*argv, "fping", "-D", "-c", COUNT, "-p", "50", lab.address(REMOTE)).stdout)
-    probed(found, COUNT)
+    term = probed(found, COUNT)
+    assert term["probed_by"] == "prober"
+    assert term["probes"][1] >= 3
     named = json.loads(mace(*argv, "sh", "-c", f"fping -D -c 20 -p 10 $(echo {lab.address(REMOTE)[:-1]})2").stdout)
     assert named["no_host_rtt"].startswith("no probes: the tool's destination")
 
@@ -116,7 +123,7 @@ def test_an_interrupted_ping_leaves_no_prober(lab):
     where = ("--lab", lab.name, "--container", "c1", "--source", "ftrace")
     process = start("ping", *where, "-i", "0.05", lab.address(REMOTE))
     try:
-        wait_for(lambda: len(probers(process.pid)) == 2)
+        wait_for(lambda: probers(process.pid))
         process.send_signal(signal.SIGINT)
         said, complaints = process.communicate(timeout=60)
     finally:
@@ -126,11 +133,13 @@ def test_an_interrupted_ping_leaves_no_prober(lab):
 
 
 def probers(parent):
-    """Return the processes that run the prober for `mace` with that process id."""
+    """Return the host's pings that `mace` with that process id runs."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if b"host_prober.py" in path.read_bytes() and f"PPid:\t{parent}\n" in (path.parent / "status").read_text():
+            if path.read_bytes().startswith(b"ping\0-D\0-n\0") and f"PPid:\t{parent}\n" in (
+                path.with_name("status").read_text()
+            ):
                 found.append(path.parent.name)
         except OSError:
             continue

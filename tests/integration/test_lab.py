@@ -473,7 +473,7 @@ def test_the_next_start_cleans_up_after_kill_9_under_traffic(name, remover):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_next_start_cleans_up_after_kill_9_during_set_up(name, seed):
     moments = random.Random(seed)
-    for turn in range(6 if seed == 1 else 40):
+    for turn in range(6 if seed == 1 else 16):
         run = start_run(name, "bridges=2, same_addresses=True")
         time.sleep(moments.uniform(0, 0.2))
         run.kill()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from contracts.errors import LabError, UsageError
-from mace.lab import FarEnd, Spec, attach, down, list_labs, running
+from mace.lab import attach, down, list_labs
 from tests.kernel import kernels
 from tests.measuring import balanced, mace, wait_for
 
@@ -42,56 +42,46 @@ def info(name):
     return next((each for each in list_labs() if each.name == name), None)
 
 
-def test_a_far_end_in_another_kernel(kernel):
-    with running(Spec("distant", far_end=FarEnd.GUEST, guest_kernel=str(kernel.vmlinuz))) as lab:
-        assert kernel.release in lab.far_end
-        assert lab.members == ("host", "c1")
-        for family in (4, 6):
-            assert lab.ping("c1", count=3, family=family).received == 3
-        with pytest.raises(UsageError, match="only answers ping"):
-            lab.udp("c1", count=1)
-        argv = (
-            "ping",
-            "--lab",
-            lab.name,
-            "--container",
-            "c1",
-            "--source",
-            "ftrace",
-            "--json",
-            "-c",
-            "20",
-            "-i",
-            "0.05",
-        )
-        found = json.loads(mace(*argv, lab.address("remote")).stdout)
-        balanced(found)
-        paired = [row for row in found["samples"] if row["reason"] == "paired"]
-        assert len(paired) > 10
-        for row in paired:
-            # At the tap device the request leaves and the reply arrives: no clock of the guest's is read.
-            assert 0 < row["nic_rtt_ns"] < row["tool_rtt_ns"]
-        assert len(qemus(lab)) == 1
-    assert qemus(lab) == []
-
-
-def test_a_far_end_that_dies_breaks_the_lab(kernel):
-    """`mace lab up` leaves the machine behind, and `mace lab down` removes it, alive or not."""
-    argv = ("--far-end", "guest", "--guest-kernel", kernel.vmlinuz)
+@pytest.fixture(scope="module")
+def lab(kernel):
+    """A lab that `mace lab up` has left behind; its machine boots once for all tests."""
     try:
-        said = mace("lab", "up", "adrift", *argv, timeout=400).stdout
+        said = mace("lab", "up", "distant", "--far-end", "guest", "--guest-kernel", kernel.vmlinuz, timeout=400).stdout
         assert f"Linux {kernel.release}" in said
-        lab = attach("adrift")
-        [pid] = qemus(lab)
-        os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: info("adrift").status == "broken", 60)
-        assert "its far end, a virtual machine, has ended" in info("adrift").detail
-        with pytest.raises(LabError, match="broken"):
-            attach("adrift")
-        assert mace("lab", "down", "adrift").stdout
-        assert info("adrift") is None
+        yield attach("distant")
     finally:
-        down("adrift", force=True)
+        down("distant", force=True)
+
+
+def test_a_far_end_in_another_kernel(kernel, lab):
+    assert kernel.release in lab.far_end
+    assert lab.members == ("host", "c1")
+    for family in (4, 6):
+        assert lab.ping("c1", count=3, family=family).received == 3
+    with pytest.raises(UsageError, match="only answers ping"):
+        lab.udp("c1", count=1)
+    argv = ("--lab", lab.name, "--container", "c1", "--source", "ftrace", "--json", "-c", "20", "-i", "0.05")
+    found = json.loads(mace("ping", *argv, lab.address("remote")).stdout)
+    balanced(found)
+    paired = [row for row in found["samples"] if row["reason"] == "paired"]
+    assert len(paired) > 10
+    for row in paired:
+        # At the tap device the request leaves and the reply arrives: no clock of the guest's is read.
+        assert 0 < row["nic_rtt_ns"] < row["tool_rtt_ns"]
+    assert len(qemus(lab)) == 1
+
+
+def test_a_far_end_that_dies_breaks_the_lab(lab):
+    """`mace lab down` removes the machine, alive or not. It runs last: the lab is gone then."""
+    [pid] = qemus(lab)
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: info(lab.name).status == "broken", 60)
+    assert "its far end, a virtual machine, has ended" in info(lab.name).detail
+    with pytest.raises(LabError, match="broken"):
+        attach(lab.name)
+    assert mace("lab", "down", lab.name).stdout
+    assert info(lab.name) is None
+    assert qemus(lab) == []
 
 
 def test_a_kernel_that_is_none(tmp_path):

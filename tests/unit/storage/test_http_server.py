@@ -33,8 +33,8 @@ def application():
 
 
 @contextlib.contextmanager
-def serving():
-    server = HttpServer(("127.0.0.1", 0), application())
+def serving(**limits):
+    server = HttpServer(("127.0.0.1", 0), application(), **limits)
     try:
         yield server
     finally:
@@ -86,6 +86,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_thousand_slow_clients_cost_no_files_and_leave_room_for_others():
     with serving() as server:
         before = open_files()
@@ -104,18 +105,16 @@ def test_a_thousand_slow_clients_cost_no_files_and_leave_room_for_others():
     assert most - before <= MOST_CONNECTIONS + 3 * http_server._BACKLOG + 8
 
 
-def test_a_request_that_does_not_end_is_ended(monkeypatch):
-    monkeypatch.setattr(http_server, "REQUEST_S", 0.3)
-    with serving() as server:
+def test_a_request_that_does_not_end_is_ended():
+    with serving(request_s=0.3) as server:
         for sent in (b"", b"GET /page HTTP/1.1\r\nHost: x\r\n", b"GET /page HTTP/1.1\r\nHost: x\r\n\r\nGET /p"):
             with socket.create_connection(("127.0.0.1", server.port)) as client:
                 client.sendall(sent)
                 assert is_ended(client)
 
 
-def test_an_answer_that_nobody_reads_is_ended(monkeypatch):
-    monkeypatch.setattr(http_server, "REQUEST_S", 0.5)
-    with serving() as server:
+def test_an_answer_that_nobody_reads_is_ended():
+    with serving(request_s=0.5) as server:
         with socket.create_connection(("127.0.0.1", server.port)) as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -125,9 +124,9 @@ def test_an_answer_that_nobody_reads_is_ended(monkeypatch):
         assert get(server)[2] == b"here"
 
 
-def test_a_connection_outlives_the_time_limit_of_one_request(monkeypatch):
-    monkeypatch.setattr(http_server, "REQUEST_S", 0.4)
-    with serving() as server:
+@pytest.mark.slow
+def test_a_connection_outlives_the_time_limit_of_one_request():
+    with serving(request_s=0.4) as server:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
         connection.connect()
         own = connection.sock

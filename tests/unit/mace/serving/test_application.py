@@ -97,6 +97,7 @@ def test_a_foreign_name_is_refused(port):
     assert headers["content-security-policy"] == POLICY
 
 
+@pytest.mark.slow
 def test_every_view_is_listed_and_is_the_same_in_every_format(port, reader):
     assert json.loads(ask(port, "/api/")[2]).keys() == views.VIEWS.keys()
     slowest = json.loads(ask(port, "/api/packets?limit=1")[2])["columns"]
@@ -229,6 +230,7 @@ def state(stream):
     return json.loads(line[6:])
 
 
+@pytest.mark.slow
 def test_a_change_of_the_store_is_an_event(tmp_path):
     fill(tmp_path, [make_results(make_delays(20))])
     with serving(tmp_path, ANYWHERE, OPEN) as page, events(page.port) as stream:
@@ -298,6 +300,7 @@ def test_too_many_requests_at_once_are_refused_at_once(reader):
     assert reader.view("runs", Asked()).columns["run"] == ["ping-1", "run-1"]
 
 
+@pytest.mark.slow
 def test_a_thousand_connections_leave_the_page_working(port):
     opened = []
     try:

@@ -151,6 +151,7 @@ def test_pictures(lossy, tmp_path, capsys):
     assert "default-src 'none'" in page
 
 
+@pytest.mark.slow
 def test_a_page_holds_the_busiest_containers_and_says_so(path, tmp_path):
     one_file.write(StoreReader(path), Filter(), "auto", tmp_path / "x.html", title="t", tables="", most=1)
     data = json.loads(re.search('id="mace-data">(.*?)</script>', (tmp_path / "x.html").read_text())[1])["views"]

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mace import cli
+from mace.tools.calibration import Calibration, PaceCost, PaceTerm, keep
 from tests.made_capture import HEADER, capture_bytes
 from tests.traffic import REPLY, REQUEST, Tape, topology
 
@@ -121,3 +122,28 @@ def test_unreadable_output_is_refused(tmp_path, capsys, text, why):
 def test_missing_files(tmp_path, capsys):
     assert cli.main(["correct", str(tmp_path / "none"), str(tmp_path / "c.mace")]) == 1
     assert "none: No such file" in capsys.readouterr().err
+
+
+def test_a_calibration_of_the_recordings_host_gives_a_host_rtt(tmp_path, capsys, monkeypatch):
+    """Its term is 10 µs and a host's round trip contains 6 events of 0.5 µs, so 7 µs are added to the bound."""
+    monkeypatch.setenv("MACE_CALIBRATION", str(tmp_path / "calibration.json"))
+    status, told = correct(tmp_path, capsys, said(), "--json")
+    assert status == 0
+    without = json.loads(told.out)
+    assert without["host_path"] is None
+    assert without["no_host_rtt"].endswith("no calibration is used: it has not been measured")
+
+    clock = HEADER.clock.utc_ns // 10**9
+    paces, terms = (PaceCost(0.1, 500, 400, 600, 6),), (PaceTerm(0.1, 10_000, 9_000, 11_000, 9),)
+    keep(Calibration(HEADER.source, HEADER.host, HEADER.kernel, "any", clock, paces, terms))
+    status, told = correct(tmp_path, capsys, said(), "--json")
+    found = json.loads(told.out)
+    assert (status, found["no_host_rtt"], found["no_tracer_cost"]) == (0, None, None)
+    assert found["host_path"]["probed_by"] == found["host_path"]["tracer_cost_by"] == "calibration"
+    assert found["host_path"]["added_ns"] == 7_000
+    assert found["samples"][0]["host_rtt_ns"] == 44_000 + 7_000
+    median = found["statistics"]["host_rtt_ns"]["median"]
+    assert median["low"] < median["estimate"] < median["high"]
+
+    keep(Calibration(HEADER.source, HEADER.host, HEADER.kernel, "any", clock, paces, (PaceTerm(1, 1, 1, 1, 9),)))
+    assert "no term for the tool's pace, one every 100 ms" in correct(tmp_path, capsys, said(), "--json")[1].out

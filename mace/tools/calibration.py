@@ -1,4 +1,4 @@
-"""The tracer's own cost: how much longer a host's round trip takes for each record within it.
+"""What `mace calibrate` measures once on a machine: the tracer's own cost, and the host path term, by pace.
 
 A source's count of the time in its programs is not the whole cost: it leaves out the way into them, the caches that
 they and the reader displace, and the reader's wake-ups. The cost is therefore the difference of round trips with the
@@ -8,7 +8,9 @@ ones:
 
     per record and pace = (median round trip, tracing - median round trip, not tracing) / records within a round trip
 
-The result is kept in a file, by source, with the kernel and the CPU for which it holds.
+The term is that of `mace ping` in the same test network (`mace.tools.host_rtt`), without the far end's part. It serves
+where no probe can be sent, as for a recording. Both are kept in a file, by source, with the host, the kernel and the
+CPU for which they hold.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import asyncio
 import json
 import os
 import random
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -32,6 +35,7 @@ from contracts.arrays import Ints
 from contracts.errors import MaceError, Unavailable
 from contracts.hooks import Hook
 from contracts.interfaces import StreamHeader, StreamItem
+from contracts.names import name_of_this_machine
 from contracts.records import Batch
 from contracts.schema import HookCost
 from contracts.topology import Topology
@@ -43,17 +47,17 @@ from mace.tools.host_path import ProbeCollector
 from mace.tools.host_probes import prober_command
 from mace.tools.host_rtt import Cost
 
-FILE: Final = Path("/var/lib/mace/tracer-cost.json")
-"""Where the costs are kept."""
-_VARIABLE: Final = "MACE_TRACER_COST"
+FILE: Final = Path("/var/lib/mace/calibration.json")
+"""Where the calibrations are kept, by source."""
+_VARIABLE: Final = "MACE_CALIBRATION"
 """Environment variable with another path."""
 OLDEST_S: Final = 30 * 86_400
-"""A cost that was measured earlier is no longer used."""
+"""A calibration is not used for round trips that much later, or earlier."""
 _COUNTED_ERROR: Final = 0.5
 """Standard error of a source's count, as a share of it: how much the count leaves out differs between machines."""
 _PAYLOAD: Final = 48
 _LENGTH: Final = 20 + 8 + _PAYLOAD
-_VERSION: Final = 1
+_VERSION: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,8 @@ class Pace:
 
 
 PACES: Final = (Pace(0, 400), Pace(0.01, 20), Pace(0.05, 12), Pace(0.2, 8))
+TERM_PACES: Final = (Pace(0.01, 50), Pace(0.05, 20), Pace(0.2, 10))
+"""Paces at which the host path term is measured, and the container's pings for each round. A flood has almost none."""
 _SHORTEST_S: Final = 0.0001
 """Stands for the pace of a flood, in logarithms."""
 
@@ -84,16 +90,32 @@ class PaceCost:
 
 
 @dataclass(frozen=True, slots=True)
-class TracerCost:
-    """The cost of one source on one machine."""
+class PaceTerm:
+    """The host path term at one pace without the far end's part, ns."""
+
+    interval_s: float
+    term_ns: float
+    low_ns: float
+    """Ends of the 95 % interval."""
+    high_ns: float
+    pings: int
+    """The host's pings that it comes from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Tracer's cost and host path term of one source on one machine."""
 
     source: str
+    host: str
     kernel: str
     cpu: str
     utc_s: int
     """When it was measured."""
     paces: tuple[PaceCost, ...]
     """In ascending order of the interval."""
+    terms: tuple[PaceTerm, ...] = ()
+    """Likewise."""
 
     def at(self, interval_s: float) -> Cost:
         """Return the cost for requests at that distance: between two paces by the logarithm of the distance."""
@@ -106,14 +128,52 @@ class TracerCost:
             dict.fromkeys(map(int, Hook), max(float(value), 0.0)), float(np.interp(where, x, errors)), measured=True
         )
 
+    def of_round_trip(self, interval_s: float) -> intervals.Interval:
+        """Return the cost in a whole round trip of the host at that distance, as it was in the test network, ns."""
+        cost = self.at(interval_s)
+        paces, counts = [each.interval_s for each in self.paces], [each.events for each in self.paces]
+        events = float(np.interp(interval_s, paces, counts))
+        middle, error = cost.of([(int(Hook.NETIF_RX),)])
+        return _normal(middle * events, error * events)
+
+    def term_at(self, interval_s: float) -> intervals.Interval | None:
+        """Return the term for requests at that distance, ns, as `at` does; None below the shortest pace measured.
+
+        Above the longest it is that of the longest, where all caches are cold.
+        """
+        if not self.terms or interval_s < self.terms[0].interval_s * _ABOUT:
+            return None
+        x = np.log([each.interval_s for each in self.terms])
+        middle, low, high = (
+            float(np.interp(np.log(interval_s), x, [getattr(each, name) for each in self.terms]))
+            for name in ("term_ns", "low_ns", "high_ns")
+        )
+        return intervals.Interval(middle, low, high, 1)
+
+    def added_ns(self, interval_s: float) -> float | None:
+        """Return what term and cost add to lower bounds at that distance, ns; None below the shortest pace measured."""
+        term = self.term_at(interval_s)
+        return None if term is None else term.estimate - self.of_round_trip(interval_s).estimate
+
     def unusable(self, kernel: str, cpu: str, now_s: float) -> str:
-        """Return why the cost does not hold there and then; empty if it does."""
-        if self.kernel != kernel:
-            return f"it was measured on Linux {self.kernel}, this is {kernel}"
+        """Return why the calibration does not hold there and then; empty if it does."""
         if self.cpu != cpu:
             return f"it was measured on {self.cpu}, this is {cpu}"
-        if not -OLDEST_S < now_s - self.utc_s < OLDEST_S:
-            return f"it was measured {(now_s - self.utc_s) / 86_400:.0f} days ago, the limit is {OLDEST_S // 86_400}"
+        return self._elsewhere(kernel, now_s)
+
+    def unusable_for(self, host: str, kernel: str, utc_s: float) -> str:
+        """Return why the calibration does not hold for a recording of that host; empty if it does."""
+        if self.host != host:
+            return f"it was measured on {self.host}, and the recording is of {host}"
+        return self._elsewhere(kernel, utc_s)
+
+    def _elsewhere(self, kernel: str, utc_s: float) -> str:
+        if self.kernel != kernel:
+            return f"it was measured on Linux {self.kernel}, this is {kernel}"
+        days = (utc_s - self.utc_s) / 86_400
+        if not -OLDEST_S < utc_s - self.utc_s < OLDEST_S:
+            when = "before" if days > 0 else "after"
+            return f"it was measured {abs(days):.0f} days {when}, the limit is {OLDEST_S // 86_400}"
         return ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -122,6 +182,12 @@ class TracerCost:
 
 
 _TWO_SIGMA: Final = 1.96
+_ABOUT: Final = 0.8
+"""ping's distances are a little shorter or longer than its option says."""
+
+
+def _normal(middle: float, error: float) -> intervals.Interval:
+    return intervals.Interval(middle, middle - _TWO_SIGMA * error, middle + _TWO_SIGMA * error, 1)
 
 
 def cpu_model() -> str:
@@ -137,8 +203,22 @@ def place() -> Path:
     return Path(os.environ.get(_VARIABLE) or FILE)
 
 
-def kept(source: str) -> tuple[TracerCost | None, str]:
-    """Return the kept cost of a source, and why there is none or why it is not used."""
+def kept(source: str) -> tuple[Calibration | None, str]:
+    """Return the kept calibration of a source on this machine, and why there is none or why it is not used."""
+    found, why_not = _read(source)
+    why_not = why_not or (found.unusable(release(), cpu_model(), time.time()) if found else "")
+    return (None, why_not) if why_not else (found, "")
+
+
+def kept_for(header: StreamHeader) -> tuple[Calibration | None, str]:
+    """Return the kept calibration for a recording, and why there is none or why it is not used."""
+    found, why_not = _read(header.source)
+    began_s = header.clock.utc_ns / 1e9
+    why_not = why_not or (found.unusable_for(header.host, header.kernel, began_s) if found else "")
+    return (None, why_not) if why_not else (found, "")
+
+
+def _read(source: str) -> tuple[Calibration | None, str]:
     path = place()
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
@@ -146,17 +226,15 @@ def kept(source: str) -> tuple[TracerCost | None, str]:
             return None, f"{path} has version {told['version']}, this MACE knows {_VERSION}"
         if source not in told["sources"]:
             return None, f"it has not been measured for the source {source}"
-        found = _from_dict(told["sources"][source])
+        return _from_dict(told["sources"][source]), ""
     except FileNotFoundError:
         return None, "it has not been measured"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return None, f"{path} is not readable ({error})"
-    why_not = found.unusable(release(), cpu_model(), time.time())
-    return (None, why_not) if why_not else (found, "")
 
 
-def keep(found: TracerCost) -> None:
-    """Keep the cost of a source, beside those of other sources. Raises `Unavailable`."""
+def keep(found: Calibration) -> None:
+    """Keep the calibration of a source, beside those of other sources. Raises `Unavailable`."""
     path = place()
     others: dict[str, Any] = {}
     with suppress(OSError, ValueError, KeyError, TypeError):
@@ -175,11 +253,22 @@ def keep(found: TracerCost) -> None:
         raise Unavailable(str(path), error.strerror or str(error), f"name another file in ${_VARIABLE}") from error
 
 
-def _from_dict(told: dict[str, Any]) -> TracerCost:
+def _from_dict(told: dict[str, Any]) -> Calibration:
     paces = tuple(PaceCost(**{name: float(value) for name, value in pace.items()}) for pace in told["paces"])
     if not paces:
         raise ValueError("no pace")
-    return TracerCost(str(told["source"]), str(told["kernel"]), str(told["cpu"]), int(told["utc_s"]), paces)
+    terms = tuple(
+        PaceTerm(
+            interval_s=float(term["interval_s"]),
+            term_ns=float(term["term_ns"]),
+            low_ns=float(term["low_ns"]),
+            high_ns=float(term["high_ns"]),
+            pings=int(term["pings"]),
+        )
+        for term in told["terms"]
+    )
+    texts = {name: str(told[name]) for name in ("source", "host", "kernel", "cpu")}
+    return Calibration(**texts, utc_s=int(told["utc_s"]), paces=paces, terms=terms)
 
 
 def counted(costs: Sequence[HookCost]) -> Cost | None:
@@ -191,9 +280,16 @@ def counted(costs: Sequence[HookCost]) -> Cost | None:
 
 
 def measured(
-    source: str, session: Session, paces: Sequence[Pace], rounds: int, say: Callable[[str], None] = lambda _: None
-) -> TracerCost:
-    """Measure the cost of `source`, which `session` uses, in a test network of its own, and return it.
+    source: str,
+    session: Session,
+    paces: Sequence[Pace],
+    rounds: int,
+    ping: Sequence[str],
+    say: Callable[[str], None] = lambda _: None,
+) -> Calibration:
+    """Measure cost and term of `source`, which `session` uses, in a test network of its own.
+
+    `ping`: the command line of `mace ping` with this source, without lab, container and ping's arguments.
 
     Raises `MaceError` if the source cannot run, records nothing of the network, or the measurement is interrupted.
     """
@@ -209,24 +305,53 @@ def measured(
                 session.observe(lambda: blocks.run(tracing=True), lambda _: None, tee=blocks)
                 if len(blocks.traced) <= number:
                     raise MaceError("interrupted while the tracer's cost was measured")
-    return TracerCost(source, release(), cpu_model(), int(time.time()), blocks.costs())
+        terms = []
+        for pace in TERM_PACES:
+            count = rounds * pace.count
+            say(f"the host path term: {count} pings every {pace.interval_s * 1000:g} ms")
+            terms.append(_term(lab, pace.interval_s, count, ping))
+    return Calibration(
+        source, name_of_this_machine(), release(), cpu_model(), int(time.time()), blocks.costs(), tuple(terms)
+    )
 
 
-def table(found: TracerCost) -> PlainTable:
-    """Return the cost as a table for people."""
-    made = PlainTable(f"What tracing with {found.source} adds, by the distance of requests, µs")
-    made.add_column("every")
-    for name in ("per record", "95 %", "records", "round trip"):
-        made.add_column(name, justify="right", no_wrap=True)
+def _term(lab: Lab, interval_s: float, count: int, ping: Sequence[str]) -> PaceTerm:
+    """Return the term that `mace ping` finds with so many pings at that interval."""
+    options = ("--lab", lab.name, "--container", lab.containers[0], "--json")
+    argv = (*ping, *options, "-n", "-c", str(count), "-i", f"{interval_s:g}", lab.address(REMOTE))
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        raise MaceError(f"mace ping failed in the test network: {last}")
+    found = json.loads(done.stdout)
+    path = found["host_path"]
+    if path is None:
+        raise MaceError(f"mace ping found no host path term in the test network: {found['no_host_rtt']}")
+    far = path["far_end_ns"]
+    low, high = path["term_ci95_ns"]
+    return PaceTerm(interval_s, path["term_ns"] - far, low - far, high - far, path["probes"][0])
+
+
+def tables(found: Calibration) -> tuple[PlainTable, PlainTable]:
+    """Return cost and term as tables for people."""
+    cost = PlainTable(f"What tracing with {found.source} adds, by the distance of requests, µs")
+    term = PlainTable("Host path term without the far end's part, µs")
+    for made, names in ((cost, ("per record", "95 %", "records", "round trip")), (term, ("term", "95 %", "pings"))):
+        made.add_column("every")
+        for name in names:
+            made.add_column(name, justify="right", no_wrap=True)
     for each in found.paces:
-        made.add_row(
+        cost.add_row(
             f"{each.interval_s * 1000:g} ms" if each.interval_s else "flood",
             f"{each.per_event_ns / 1000:.2f}",
             f"{each.low_ns / 1000:.2f} … {each.high_ns / 1000:.2f}",
             f"{each.events:.0f}",
             f"{each.per_event_ns * each.events / 1000:.1f}",
         )
-    return made
+    for at in found.terms:
+        ends = f"{at.low_ns / 1000:.1f} … {at.high_ns / 1000:.1f}"
+        term.add_row(f"{at.interval_s * 1000:g} ms", f"{at.term_ns / 1000:.1f}", ends, str(at.pings))
+    return cost, term
 
 
 class _Blocks:
