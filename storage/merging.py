@@ -1,7 +1,7 @@
 """Merges the histograms of many windows by group: in numpy, a batch of rows at a time, with bounded memory.
 
-A window's histogram is a list of some hundred numbers. SQL has to unnest these lists into rows and hash every one;
-adding them up in arrays takes a fifth of the time.
+A window's histogram is a list of some hundred numbers. SQL has to unnest these lists into rows and hash every one, for
+each grouping anew; arrays add the counts up by bin, for all groupings of a batch in one pass over the store.
 """
 
 from __future__ import annotations

@@ -392,7 +392,7 @@ class StoreReader:
             return make()
         if key not in self._kept:
             same = [each for each in self._kept if each[0] == key[0]]
-            for each in same[: len(same) + 1 - most]:
+            for each in same[: max(len(same) + 1 - most, 0)]:
                 del self._kept[each]
             self._kept[key] = make()
         found: _T = self._kept[key]
@@ -993,11 +993,13 @@ class StoreReader:
         With `whole`, the distribution of each whole group is read along with it.
         Where figures come from windows, stretches are whole seconds, or, of more than `_LONG_NS`, tens of seconds.
         """
-        return self._once(
-            ("over_time", where, by, segments, points, source, coarse_bits, whole),
-            lambda: self._over_time(where, by, segments, points, source, coarse_bits, whole),
-            _KEPT_FIGURES,
-        )
+
+        def make() -> OverTime:
+            return self._over_time(where, by, segments, points, source, coarse_bits, whole)
+
+        # One view alone asks for the whole, of all containers: its distributions would take more memory than they save.
+        key = ("over_time", where, by, segments, points, source, coarse_bits)
+        return make() if whole else self._once(key, make, _KEPT_FIGURES)
 
     def _over_time(
         self,

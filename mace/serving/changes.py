@@ -4,8 +4,8 @@ A store changes when a segment appears. The writer begins a flush with the ledge
 look between the two is followed by another change. While nobody asks, nobody looks: a page that is stuck or closed
 costs nothing.
 
-Following a store takes a bounded share of a CPU: the more its views cost, the rarer its changes are seen. Until then
-every view is of the state that was seen last, so that the views of a page fit one another.
+Beside a measurement in the same process, following a store takes a bounded share of a CPU: the more the views of a
+state cost, the later the next state is seen. Until then views are computed from the store as it is, and kept.
 """
 
 from __future__ import annotations

@@ -193,7 +193,10 @@ def test_a_reader_that_keeps_results_reads_anew_when_the_store_has_changed(tmp_p
     reader = StoreReader(tmp_path)
     reader.keep(1)
     first = reader.over_time(points=3)
-    assert reader.over_time(points=3) is first
+    for points in (3, 4, 5, 6, 3):
+        assert (reader.over_time(points=points) is first) == (points == 3)
+    assert reader.over_time(points=7) is not first
+    assert reader.over_time(points=3) is not first, "the oldest of four was left out"
     fill(tmp_path, [make_results(delays, windows=make_windows(delays))], "run-2", head=header("run-2"))
     assert [r.run for r in reader.runs()] == ["run-1"]
     reader.keep(2)
@@ -205,7 +208,7 @@ def test_a_reader_that_keeps_results_reads_anew_when_the_store_has_changed(tmp_p
 
 @pytest.mark.parametrize("source", ["rows", "windows"])
 def test_the_heat_maps_rows_are_whole_bins(store, source):
-    """The heat map merges bins while it reads: the counts are those of the full histograms, row by row."""
+    """The counts are those of the full histograms, row by row."""
     asked = Asked(container="c1", run="run-1", points=5, figures=source)
     full = store.over_time(asked.filter(0), ("direction",), points=5, source=source)
     expected = [
