@@ -64,6 +64,14 @@ class CaptureConfig:
     outer: tuple[str, ...] = _key((), "The host's devices towards the network; empty: those of its default routes.")
     remote_netns: tuple[str, ...] = _key((), "Namespaces that are the far end of a test network, not containers.")
     container_sockets: tuple[str, ...] = _key((), "Further Docker or Podman API sockets to query for container names.")
+    pod_logs: str = _key(
+        "/var/log/pods",
+        "The kubelet's folder of logs, whose entries name Kubernetes pods; empty: pods are called by their UIDs.",
+    )
+    cri_sockets: tuple[str, ...] = _key(
+        (),
+        "Further CRI sockets to query for the names of pods that `pod_logs` does not have; needs the extra `cri`.",
+    )
     sample_shift: int = _key(
         0,
         "Record one packet in 2 to the power of this, the same packets at every hook; not `ftrace`.",

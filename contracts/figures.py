@@ -17,6 +17,7 @@ from contracts.arrays import Ints
 from contracts.histogram import QUANTILES, merge, quantiles
 from contracts.hooks import BY_HOOK, Hook
 from contracts.ledger import Ledger
+from contracts.pods import NO_POD, pod_name
 from contracts.results import Results, Totals
 from contracts.schema import Direction, Grades, HookCost, Segment
 from contracts.topology import Device, Role, Sharer, newest_names
@@ -249,6 +250,8 @@ class Summary:
     sinks: dict[str, Account] = field(default_factory=dict)
     """Account of each sink with a server: where the rows given to the sink went."""
     names: Names = field(default_factory=Names)
+    pods: dict[str, str] = field(default_factory=dict)
+    """UID of a Kubernetes pod → its containers, as in `Device.pod_containers`."""
     sees_past_tracepoints: bool | None = None
     """Whether the sources of all runs recorded the hook `ip_rcv`; None as long as no run's hooks are known."""
     _by_width: dict[int, dict[FigureKey, Distribution]] = field(default_factory=dict)
@@ -292,6 +295,8 @@ class Summary:
         self.sharers = newest_names((*self.sharers, *totals.on_host_network))
         for device in self._new(totals.present):
             self.names.note(device.container_id, device.container, totals.upto_utc_ns)
+            if device.pod_containers:
+                self.pods[device.container_id] = device.pod_containers
 
     def _new(self, present: tuple[Device, ...] | None) -> tuple[Device, ...]:
         """Return the devices of `present` if that list is new, else none."""
@@ -330,6 +335,7 @@ class Summary:
         self.cost = added(self.cost, other.cost)
         self.sharers = newest_names((*self.sharers, *other.sharers))
         self.names.take(other.names)
+        self.pods |= other.pods
         self.note = " ".join(dict.fromkeys(note for note in (self.note, other.note) if note))
         for name, account in other.sinks.items():
             self.sinks[name] = self.sinks[name] + account if name in self.sinks else account
@@ -393,7 +399,8 @@ class Summary:
         with container, netns, netns_id, device, ifindex, kind, role, direction, segment (`device` or `outside`), count,
         min_ns, mean_ns, p50_ns, p90_ns, p99_ns, p999_ns, max_ns. `overhead`: container, netns, netns_id,
         direction and the same figures. `delivery`: like `devices`. Each entry has `host` if several hosts are known,
-        and `container_id` if the container has an id; a renamed container has one entry, under its newest name.
+        and `container_id` if the container has an id; a renamed container has one entry, under its newest name. Of a
+        Kubernetes pod it has `namespace`, `pod`, `workload`, and `pod_containers` (a list) if they are known.
         Present only if not empty: `rows_not_stored`, `unseen` (sentences), `ambiguous` (ambiguous packets by cause:
         `several_devices` or `several_packets` fit, and `imitated`, the device names that the host shares with other
         namespaces; a store does not keep them), `on_host_network` (names of containers), `note`, `cost` (per hook:
@@ -404,9 +411,9 @@ class Summary:
             "ledger": self.ledger.as_dict(),
             "packets": self.packets,
             "grades": self.grades.as_dict(),
-            "devices": [_entry(r, several) for r in self.rows(Segment.DEVICE, Segment.OUTSIDE)],
-            "overhead": [_entry(r, several, whole=True) for r in self.overhead()],
-            "delivery": [_entry(r, several) for r in self.rows(Segment.DELIVERY)],
+            "devices": [self._entry(r, several) for r in self.rows(Segment.DEVICE, Segment.OUTSIDE)],
+            "overhead": [self._entry(r, several, whole=True) for r in self.overhead()],
+            "delivery": [self._entry(r, several) for r in self.rows(Segment.DELIVERY)],
         }
         if self.rows_not_stored:
             found["rows_not_stored"] = self.rows_not_stored
@@ -427,6 +434,24 @@ class Summary:
         if self.sinks:
             found["sinks"] = {name: account.as_dict() for name, account in self.sinks.items()}
         return found
+
+    def _entry(self, row: tuple[FigureKey, Distribution], with_host: bool, *, whole: bool = False) -> dict[str, Any]:
+        (place, direction, segment), distribution = row
+        found: dict[str, Any] = {"host": place.host} if with_host else {}
+        found |= {"container": place.container}
+        if place.container_id:
+            found["container_id"] = place.container_id
+        if (named := pod_name(place.container)) is not NO_POD:
+            found |= named._asdict()
+        if containers := self.pods.get(place.container_id):
+            found["pod_containers"] = containers.split(",")
+        found |= {"netns": place.netns, "netns_id": place.netns_id}
+        if not whole:
+            found |= {"device": place.device, "ifindex": place.ifindex, "kind": place.kind, "role": place.role}
+        found["direction"] = direction.name.lower()
+        if not whole:
+            found["segment"] = segment.name.lower()
+        return found | distribution.as_dict()
 
     def losses(self) -> list[str]:
         """Return a sentence for each loss that the figures do not cover; no sentence if there is none."""
@@ -508,18 +533,3 @@ def labels_of(places: Iterable[DevicePlace]) -> dict[DevicePlace, str]:
 
 def _shown(place: DevicePlace) -> tuple[str, ...]:
     return place.host, place.container, place.netns, place.device
-
-
-def _entry(row: tuple[FigureKey, Distribution], with_host: bool, *, whole: bool = False) -> dict[str, Any]:
-    (place, direction, segment), distribution = row
-    found: dict[str, Any] = {"host": place.host} if with_host else {}
-    found |= {"container": place.container}
-    if place.container_id:
-        found["container_id"] = place.container_id
-    found |= {"netns": place.netns, "netns_id": place.netns_id}
-    if not whole:
-        found |= {"device": place.device, "ifindex": place.ifindex, "kind": place.kind, "role": place.role}
-    found["direction"] = direction.name.lower()
-    if not whole:
-        found["segment"] = segment.name.lower()
-    return found | distribution.as_dict()

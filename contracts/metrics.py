@@ -60,7 +60,11 @@ class Measurement:
 TAGS: Final = {
     "host": "Host that captured the packets.",
     "container": "Container whose packets they are; absent for packets of no container.",
-    "container_id": "Full id that the runtime gave the container; a rename does not change it.",
+    "container_id": "Full id that the runtime gave the container, or a pod's UID; a rename does not change it.",
+    "namespace": "Kubernetes namespace of a pod, whose `container` is `NAMESPACE/POD`; absent for other containers.",
+    "pod": "Name of the pod.",
+    "workload": "What Kubernetes made the pod for, derived from the pod's name: without random characters or ordinal.",
+    "pod_containers": "Containers that have started in the pod, separated by commas; they share its devices.",
     "netns": "Name of the network namespace that the device is in; `host` for the host's.",
     "device": "Name of the network device.",
     "kind": "Link kind of the device: `veth`, `bridge`, ...; absent for hardware.",
@@ -177,7 +181,10 @@ MEASUREMENTS: Final = {
         Measurement(
             "container_info",
             "Name of each container by id: a rename changes the name alone. Containers without an id have no row.",
-            ("host", "container", "container_id", "netns", "source"),
+            (
+                *("host", "container", "container_id", "netns"),
+                *("namespace", "pod", "workload", "pod_containers", "source"),
+            ),
             (_gauge("present", "1: the container exists under this name."),),
             "When the container was first seen under this name, then once a minute.",
         ),

@@ -15,10 +15,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from operator import attrgetter
-from typing import Final
+from typing import Final, NamedTuple
 
 from contracts.errors import WireError
 from contracts.names import text
+from contracts.pods import pod_name
 
 
 class Role(StrEnum):
@@ -63,11 +64,14 @@ class Device:
     """Cookie of the network namespace (SO_NETNS_COOKIE): unlike the inode the kernel never reuses it. 0: not known."""
     container_id: str = ""
     """The container's full id, as its runtime gave it: constant while the container lives, even if it is renamed. `""`
-    if the runtime gives none (LXC, bare namespaces)."""
+    if the runtime gives none (LXC, bare namespaces). Of a Kubernetes pod its UID."""
+    pod_containers: str = ""
+    """If the container is a Kubernetes pod (`contracts.pods`): names of the containers that have started in it, init
+    containers too, sorted and separated by commas; they share the pod's devices."""
 
     def __post_init__(self) -> None:
         # Names from any origin (kernel, runtime, file, broker) become text that every sink can store.
-        for field in ("name", "kind", "netns_name", "container", "container_id"):
+        for field in ("name", "kind", "netns_name", "container", "container_id", "pod_containers"):
             given = getattr(self, field)
             if (name := text(given)) is not given:
                 object.__setattr__(self, field, name)
@@ -121,10 +125,29 @@ class Sharer:
         return self.container_id or self.container
 
 
-def containers_of(devices: Iterable[Device], sharers: Iterable[Sharer]) -> frozenset[tuple[str, str, str]]:
-    """Return (name, id, name of the network namespace) of each container with an id; a sharer's namespace is `host`."""
-    found = {(d.container, d.container_id, d.netns_name) for d in devices if d.container_id}
-    return frozenset(found | {(s.container, s.container_id, "host") for s in sharers if s.container_id})
+class ContainerInfo(NamedTuple):
+    """What outputs say once of a container, and not in every row or series."""
+
+    container: str
+    container_id: str
+    netns: str
+    """Name of the network namespace."""
+    namespace: str = ""
+    """Of a Kubernetes pod its namespace, name and workload (`contracts.pods`); else ""."""
+    pod: str = ""
+    workload: str = ""
+    pod_containers: str = ""
+    """As in `Device`."""
+
+
+def containers_of(devices: Iterable[Device], sharers: Iterable[Sharer]) -> frozenset[ContainerInfo]:
+    """Return what is known of each container with an id; a sharer's network namespace is `host`."""
+    found = {(d.container, d.container_id, d.netns_name, d.pod_containers) for d in devices if d.container_id}
+    found |= {(s.container, s.container_id, "host", "") for s in sharers if s.container_id}
+    return frozenset(
+        ContainerInfo(name, container_id, netns, *pod_name(name), pod_containers)
+        for name, container_id, netns, pod_containers in found
+    )
 
 
 def newest_names(sharers: Iterable[Sharer]) -> tuple[Sharer, ...]:
@@ -206,9 +229,10 @@ def assign_roles(
     def assigned(d: Device) -> Device:
         its_role = role(d)
         nobodys = d.netns in remote or d.netns == host_netns
-        container, container_id = ("", "") if nobodys else (d.container, d.container_id)
-        if its_role is d.role and (container, container_id) == (d.container, d.container_id):
+        called = ("", "", "") if nobodys else (d.container, d.container_id, d.pod_containers)
+        if its_role is d.role and called == (d.container, d.container_id, d.pod_containers):
             return d
+        container, container_id, pod_containers = called
         # dataclasses.replace would take three times as long, and a host can have thousands of devices.
         return Device(
             d.netns,
@@ -224,6 +248,7 @@ def assign_roles(
             its_role,
             d.netns_cookie,
             container_id,
+            pod_containers,
         )
 
     return tuple(map(assigned, given))

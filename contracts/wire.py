@@ -826,4 +826,5 @@ def _device(given: _Json) -> Device:
         role=known_role,
         netns_cookie=given.number("netns_cookie", 0, default=0),
         container_id=given.text("container_id", ""),
+        pod_containers=given.text("pod_containers", ""),
     )

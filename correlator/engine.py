@@ -459,7 +459,8 @@ class Engine:
                     self._entries.of((other << 32) | owner)
         self._own.append(len(self._devices) if number == owner else self._entries.of((owner << 32) | owner))
         device, owning = self._resolver.devices[number], self._resolver.devices[owner]
-        self._devices.append(replace(device, container=owning.container, container_id=owning.container_id))
+        called = {name: getattr(owning, name) for name in ("container", "container_id", "pod_containers")}
+        self._devices.append(replace(device, **called))
         return len(self._devices) - 1
 
 

@@ -14,6 +14,7 @@ records of one buffer, whether a packet can have moved *from the first to the se
     X d → X d            the driver was busy and is called again
     X d → r,G,R peer(d)  through a veth, or round the loopback
     X d → Q d'           from a bridge to its port, from a macvlan, VLAN or tunnel to the device below
+    X ifb → R,Q d'       back from an ifb, to which tc redirected the packet, its length unchanged
     r,G d → R d          on the same device: from the backlog or NAPI to the stack
     R d → i d            on the same device: a record that repeats R, where the source could not tell (adds nothing)
     R d → R d'           from a bridge's port to the bridge
@@ -113,6 +114,10 @@ for _info in HOOKS:
 TUNNELS: Final = frozenset(
     {"vxlan", "geneve", "gre", "gretap", "ip6gre", "ip6gretap", "ipip", "sit", "ip6tnl", "wireguard"}
 )
+
+IFB: Final = "ifb"
+"""Kind of the devices to which tc redirects packets so that a queueing discipline can shape what a device receives; the
+CNI plugin bandwidth makes one for each pod."""
 
 NEVER_NS: Final = np.iinfo(np.int64).max
 UNKNOWN: Final = "unknown"
@@ -420,6 +425,8 @@ class Resolver:
             return 0, -1, -1
         across = 0 if all(a == b for a, b in pairs) else CROSS
         routed = SAME_LENGTH if way_p == Way.RECEIVE and way_n == Way.TRANSMIT else 0
+        if way_p == Way.TRANSMIT and any(self.devices[a].kind == IFB for a, _ in pairs):
+            routed = SAME_LENGTH
         if any(self._is_through_tunnel(way_p, a, way_n, b) for a, b in pairs):
             across |= OTHER_CONTENT
         return JOIN | across | routed, _sole(a for a, _ in pairs), _sole(b for _, b in pairs)
@@ -485,6 +492,10 @@ def _can_cross(way_p: int, a: Device, hook_n: Hook, b: Device) -> bool:
     over = (b.peer_netns, b.peer_ifindex) == a.key and b.kind not in PAIRS
     under = (a.peer_netns, a.peer_ifindex) == b.key and a.kind not in PAIRS
     if way_p == Way.TRANSMIT:
+        if a.kind == IFB:
+            # ifb_ri_tasklet() gives the packet back to the device that it was redirected from: to its queue, or to the
+            # stack. Which device that was, no record tells.
+            return a != b and same_netns and hook_n in (Hook.NET_DEV_QUEUE, Hook.NETIF_RECEIVE_SKB)
         if way_n == Way.RECEIVE:
             if a.kind in PAIRS:
                 return (a.peer_netns, a.peer_ifindex) == b.key

@@ -29,7 +29,7 @@ from contracts.metrics import MEASUREMENTS
 from contracts.names import spelt, text
 from contracts.results import Totals
 from contracts.schema import NOT_TOLD, Delays, Direction, Grade, Outcome, RoundTrips, Segment, Window
-from contracts.topology import Device, containers_of
+from contracts.topology import ContainerInfo, Device, containers_of
 
 Codes = npt.NDArray[np.int32]
 
@@ -195,7 +195,7 @@ class StreamLines:
         self._window_series: dict[tuple[int, int, int, int, int], str | None] = {}
         self._began_utc_ns = header.clock.utc_ns
         self._present: tuple[Device, ...] | None = None
-        self._containers: frozenset[tuple[str, str, str]] = frozenset()
+        self._containers: frozenset[ContainerInfo] = frozenset()
         self._minute = -1
         """Minute of the last results for which all containers were written."""
         self.left_out = 0
@@ -354,9 +354,9 @@ class StreamLines:
         here = containers_of(totals.present, totals.on_host_network)
         new = here if minute != self._minute else here - self._containers
         self._present, self._minute, self._containers = totals.present, minute, here
-        for container, container_id, netns in sorted(new):
-            tags = {"container": container, "container_id": container_id, "netns": netns}
-            series = key("container_info", tags | {"host": self._header.host, "source": self._header.source})
+        for info in sorted(new):
+            tags = info._asdict() | {"host": self._header.host, "source": self._header.source}
+            series = key("container_info", tags)
             if self._budget.admits(series):
                 yield line(series, {"present": 1}, totals.upto_utc_ns)
             else:

@@ -27,17 +27,23 @@ class Named:
     """Time of its last window under that name, UTC."""
     earlier: tuple[str, ...]
     """The container's other names."""
+    pod_containers: str = ""
+    """If the container is a pod: the containers that had started in it by then, as in `contracts.topology.Device`."""
 
 
-def named(rows: Iterable[tuple[str, str, str, int]]) -> list[Named]:
-    """Group rows of (host, id, name, UTC in ns of the name's last row) by container; the newest container is last."""
-    names: dict[tuple[str, str], list[tuple[int, str]]] = {}
-    for host, container_id, container, utc_ns in rows:
-        names.setdefault((host, container_id), []).append((utc_ns, container))
+def named(rows: Iterable[tuple[str, str, str, int, str]]) -> list[Named]:
+    """Group rows of (host, id, name, UTC in ns of the name's last row, the pod's containers) by container.
+
+    The newest container is last.
+    """
+    names: dict[tuple[str, str], list[tuple[int, str, str]]] = {}
+    for host, container_id, container, utc_ns, pod_containers in rows:
+        names.setdefault((host, container_id), []).append((utc_ns, container, pod_containers))
     found = []
-    for (host, container_id), told in names.items():
-        *earlier, (utc_ns, container) = sorted(told)
-        found.append(Named(host, container_id, container, utc_ns, tuple(name for _, name in earlier)))
+    for (host, container_id), each in names.items():
+        *earlier, (utc_ns, container, pod_containers) = sorted(each)
+        others = tuple(name for _, name, _ in earlier)
+        found.append(Named(host, container_id, container, utc_ns, others, pod_containers))
     return sorted(found, key=lambda one: (one.utc_ns, one.host, one.container_id))
 
 

@@ -1,7 +1,8 @@
 """HTTP endpoint for Prometheus and for orchestrators: `/metrics`, `/healthz`, `/readyz`.
 
     mace_device_delay_seconds   histogram by host, container, netns, device, kind, direction, segment, source
-    mace_container_info         1 by host, container, container_id, netns: a container's present name
+    mace_container_info         1 by host, container, container_id, netns: a container's present name; of a pod also by
+                                namespace, pod, workload, pod_containers
     mace_records_total          the ledger's records by host, source and category
     mace_packets_total          packets by host, source and grade
     mace_packets_ambiguous_total   packets that were given up, by host, source and cause
@@ -57,7 +58,7 @@ from contracts.hooks import BY_HOOK
 from contracts.interfaces import Status, StreamHeader
 from contracts.results import Results, Totals
 from contracts.schema import RoundTrips
-from contracts.topology import Device, containers_of
+from contracts.topology import ContainerInfo, Device, containers_of
 from contracts.vitals import Vitals, process_figures
 from storage.http_server import HttpServer, in_pieces
 from storage.shared import StreamOfSink
@@ -75,7 +76,7 @@ _EDGES_S: Final = [f"{((1 << octave) - 1) / 1e9:.9g}" for octave in _OCTAVES]
 """Delays are whole nanoseconds, so "less than 2**n" is "at most 2**n - 1"."""
 _BEAT_S: Final = 0.5
 _LABELS: Final = ("host", "container", "netns", "device", "kind", "direction", "segment", "source")
-_INFO_LABELS: Final = ("host", "container", "container_id", "netns")
+_INFO_LABELS: Final = ("host", *ContainerInfo._fields)
 _CONTAINER: Final = _LABELS.index("container")
 _CATEGORIES: Final = ("matched", "unmatched", "ambiguous", "expired", "dropped", "lost", "discarded")
 """Categories of the ledger that only grow; `in_flight` is a gauge."""
@@ -119,7 +120,7 @@ class Endpoint:
         """Number of series dropped because their container or device is gone."""
         self._not_shown = 0
         """Number of delays of series beyond `_MOST_SERIES`."""
-        self._containers: dict[HostSource, dict[tuple[str, str, str], float | None]] = {}
+        self._containers: dict[HostSource, dict[ContainerInfo, float | None]] = {}
         """Containers by name, id and namespace, with the time since when that name is no longer in use."""
         self._latest: dict[HostSource, Totals] = {}
         self._ended_s: dict[HostSource, float] = {}
@@ -391,8 +392,8 @@ def _mark(series: dict[Labels, _Buckets], present: Sequence[Device], now_s: floa
 
 
 def _called(
-    before: dict[tuple[str, str, str], float | None], here: frozenset[tuple[str, str, str]], now_s: float
-) -> dict[tuple[str, str, str], float | None]:
+    before: dict[ContainerInfo, float | None], here: frozenset[ContainerInfo], now_s: float
+) -> dict[ContainerInfo, float | None]:
     """Return the present names of containers, and earlier names that no other container has.
 
     Series under an earlier name are shown for a while, and belong to the container. A name must not belong to two

@@ -83,8 +83,13 @@ _STRETCH_SQL: Final = "(epoch_ns(time) - $first) // $width"
 _ENDS_SQL: Final = "(SELECT unnest($hosts) AS host, unnest($names) AS run, unnest($ends) AS upto)"
 """Relation of `_Ends`."""
 _SEEN_SQL: Final = """
-    SELECT filename, host, run, width_s, container_id, if(container_id != '', container, ''), max(epoch_ns(time))
-    FROM (FROM {windows} UNION ALL BY NAME SELECT NULL::VARCHAR AS container_id WHERE false) GROUP BY ALL
+    SELECT filename, host, run, width_s, container_id, if(container_id != '', container, ''), max(epoch_ns(time)),
+           coalesce(arg_max(pod_containers, time), '')
+    FROM (
+        FROM {windows} UNION ALL BY NAME
+        SELECT NULL::VARCHAR AS container_id, NULL::VARCHAR AS pod_containers WHERE false
+    )
+    GROUP BY ALL
     """
 """Query of the rows for `_seen_of`."""
 
@@ -284,8 +289,8 @@ class _Ends:
 class _Seen:
     """What a segment of windows says of the whole; a segment never changes, so that it is read for this once."""
 
-    names: list[tuple[str, str, str, int]]
-    """Host, container's id, its name, and time of the last window under that name, UTC, ns."""
+    names: list[tuple[str, str, str, int, str]]
+    """Host, container's id, its name, time of the last window under that name, UTC, ns, and the pod's containers."""
     ends: dict[tuple[str, str, int], int]
     """By host, run and width in s: end of the newest window, UTC, ns."""
 
@@ -535,12 +540,12 @@ class StoreReader:
 
         Damaged windows are left out without an error, because names are not worth refusing a query.
         """
-        newest: dict[tuple[str, str, str], int] = {}
+        newest: dict[tuple[str, str, str], tuple[int, str]] = {}
         for each in self._windows_seen(where)[0]:
-            for host, container_id, container, utc_ns in each.names:
-                key = host, container_id, container
-                newest[key] = max(newest.get(key, utc_ns), utc_ns)
-        return named((*key, utc_ns) for key, utc_ns in newest.items())
+            for host, container_id, container, utc_ns, pod_containers in each.names:
+                key, last = (host, container_id, container), (utc_ns, pod_containers)
+                newest[key] = max(newest.get(key, last), last)
+        return named((*key, *last) for key, last in newest.items())
 
     def _windows_seen(self, where: Filter) -> tuple[list[_Seen], bool]:
         """Return what the live segments of windows say of the whole, and whether all of them could be read."""
@@ -594,7 +599,9 @@ class StoreReader:
         )
         for run in runs:
             found.observed(run.hooks)
-        ids = {(one.host, one.container): one.container_id for one in self.containers(where)}
+        containers = self.containers(where)
+        ids = {(one.host, one.container): one.container_id for one in containers}
+        found.pods = {one.container_id: one.pod_containers for one in containers if one.pod_containers}
         parts: list[tuple[Any, ...]] = []
         if from_rows:
             parts += self._fetch(*self._rows_query(where, from_rows))
@@ -1395,11 +1402,11 @@ def _read(found: Sequence[SegmentFile], *, filename: bool = False) -> str:
 def _seen_of(found: Sequence[SegmentFile], rows: Sequence[tuple[Any, ...]]) -> dict[Path, _Seen]:
     """Return the rows of `_SEEN_SQL` by segment."""
     seen = {str(each.path): _Seen([], {}) for each in found}
-    for path, host, run, width_s, container_id, container, utc_ns in rows:
+    for path, host, run, width_s, container_id, container, utc_ns, pod_containers in rows:
         one, key = seen[path], (host, run, int(width_s))
         one.ends[key] = max(one.ends.get(key, 0), utc_ns + int(width_s) * _S)
         if container_id:
-            one.names.append((host, container_id, container, utc_ns))
+            one.names.append((host, container_id, container, utc_ns, pod_containers))
     return {Path(path): each for path, each in seen.items()}
 
 

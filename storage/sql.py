@@ -2,7 +2,8 @@
 
 DuckDB runs the SQL in memory, with access to the store's directory and no other file of the machine; statements other
 than SELECT are refused before they run. A view always has all columns of the present schema, even in a store without
-rows. A separate thread runs the query, so that Ctrl-C and a time limit can end it at any point.
+rows; the functions in `_POD_MACROS` return the parts of pods' names. A separate thread runs the query, so that Ctrl-C
+and a time limit can end it at any point.
 """
 
 from __future__ import annotations
@@ -18,12 +19,24 @@ from typing import Any, Final, Self, TypeAlias, TypeVar
 import duckdb
 import pyarrow as pa
 
+from contracts import pods
 from contracts.errors import StoreError, UsageError, nearest
 from storage import segments, tables
 from storage.naming import TABLES, by_newest_name
 from storage.query import StoreReader, connected, relation
 
 _T = TypeVar("_T")
+_POD_MACROS: Final = {
+    "pod_namespace": f"regexp_extract(container, '{pods.SHOWN}', 1)",
+    "pod_name": f"regexp_extract(container, '{pods.SHOWN}', 2)",
+    "pod_workload": " ".join(
+        (
+            f"coalesce(nullif(regexp_extract(pod_name(container), '{pods.WORKLOAD}', 1), ''),",
+            f"nullif(regexp_extract(pod_name(container), '{pods.WORKLOAD}', 2), ''), pod_name(container))",
+        )
+    ),
+}
+"""Functions of a container's name, for Kubernetes pods (`contracts.pods.pod_name`): "" if it is no pod."""
 DuckDBType: TypeAlias = Any
 """DuckDB's DuckDBPyType, whose module differs between releases."""
 _MISSING: Final = re.compile(r"(?:Table with name|Referenced column|Referenced table) \"?([\w.]+)\"?", re.IGNORECASE)
@@ -129,6 +142,8 @@ def _asked(
         rows = relation(connection, table, found)
         rows = by_newest_name(rows, containers) if table in TABLES else rows
         connection.execute(f"CREATE TEMP VIEW {table} AS FROM {rows}")
+    for macro, expression in _POD_MACROS.items():
+        connection.execute(f"CREATE TEMP MACRO {macro}(container) AS {expression}")
     connection.execute("SET allowed_directories = [$path]", {"path": str(store.path.absolute())})
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")

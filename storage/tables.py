@@ -85,7 +85,7 @@ _DEVICE: Final = (
 _CONTAINER_ID: Final = Column(
     "container_id",
     _NAME,
-    "The container's full id from its runtime, which a rename does not change; empty without an id.",
+    "The container's full id from its runtime, which a rename does not change; a pod's UID; empty without an id.",
 )
 
 DELAYS: Final = (
@@ -128,6 +128,12 @@ WINDOWS: Final = (
         "counts", pa.list_(pa.int64()), "Delays in each of these bins; to merge histograms, add the counts per bin."
     ),
     _CONTAINER_ID,
+    Column(
+        "pod_containers",
+        _NAME,
+        "Containers that have started in a pod, separated by commas; they share its devices. Empty for other"
+        " containers.",
+    ),
 )
 LEDGER: Final = (
     Column("time", _TIME, "Time before which this row accounts for all records."),
@@ -379,6 +385,12 @@ def _container_ids(device: npt.NDArray[Any], devices: Sequence[Device]) -> pa.Ar
     return _told(code, [d.container_id for d in here])
 
 
+def _pod_containers(device: npt.NDArray[Any], devices: Sequence[Device]) -> pa.Array:
+    """Return the column `pod_containers`."""
+    code, here, _ = _used(device, devices)
+    return _told(code, [d.pod_containers for d in here])
+
+
 def _owner_netns(owner: npt.NDArray[Any], devices: Sequence[Device]) -> pa.Array:
     """Return the column `owner_netns`."""
     code, here, _ = _used(owner, devices)
@@ -458,6 +470,7 @@ def windows_table(
             pa.ListArray.from_arrays(offsets, pa.array(windows.bins.astype(np.uint16))),
             pa.ListArray.from_arrays(offsets, pa.array(windows.counts)),
             _container_ids(device, devices),
+            _pod_containers(device, devices),
         ],
         schema=SCHEMAS["windows"],
     )

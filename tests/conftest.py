@@ -31,7 +31,7 @@ from hypothesis import settings
 from collector.bpf.source import BpfSource
 from collector.ftrace import tracefs
 from contracts.errors import Unavailable
-from tests import memory_cgroup
+from tests import containerd, memory_cgroup, pods
 from tests.kernel import beside
 from tests.kernel.matrix import Matrix
 from tests.places import GOLDEN
@@ -135,6 +135,18 @@ def _docker() -> str | None:
     return _first([_root(), _program("dockerd", "--version"), _program("docker", "--version")])
 
 
+def _cni() -> str | None:
+    if not Path("/usr/lib/cni/bridge").exists():
+        return "/usr/lib/cni has no plugins (apt-get install containernetworking-plugins)"
+    return _program("iptables", "--version")
+
+
+def _ifb() -> str | None:
+    add = ["unshare", "--net", "ip", "link", "add", "name", "try-ifb", "type", "ifb"]
+    done = subprocess.run(add, capture_output=True, text=True, timeout=30, check=False)
+    return None if done.returncode == 0 else f"the kernel makes no ifb device: {done.stderr.strip()}"
+
+
 def _bpftrace() -> str | None:
     reason = _first([_root(), _program("bpftrace", "--version")])
     if reason is not None:
@@ -202,15 +214,27 @@ def _memory_cgroup() -> str | None:
     return _first([_root(), memory_cgroup.missing()])
 
 
+def _cgroup() -> str | None:
+    return _first([_root(), pods.missing()])
+
+
+def _containerd() -> str | None:
+    return _first([_root(), containerd.missing()])
+
+
 NEEDS: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "tracefs": _tracefs,
     "netns": _netns,
     "userns": _userns,
     "docker": _docker,
+    "cni": _cni,
+    "ifb": lambda: _first([_netns(), _ifb()]),
     "bpf": _bpf,
     "nobody": _nobody,
     "memory_cgroup": _memory_cgroup,
+    "cgroup": _cgroup,
+    "containerd": _containerd,
     "bpftrace": _bpftrace,
     "rps": _rps,
     "schedstat": lambda: None if Path("/proc/self/schedstat").exists() else "this kernel has no CONFIG_SCHED_INFO",

@@ -69,6 +69,9 @@ def hard_stream(count=240_000, seed=3, *, content=True, slower=SLOWER, header=HE
     present = [replace(d, container_id=d.container and f"{d.netns:064x}") for d in TOPOLOGY.devices]
     gone = [d for d in present if d.container != "naïve-1" and d.name != "veth1"]
     renamed = [replace(d, container="renamed") if d.container == "naïve-2" else d for d in present]
+    # A pod, in which one more container starts.
+    present = [replace(d, pod_containers="app") if d.container == "naïve-3" else d for d in present]
+    renamed = [replace(d, pod_containers="app,sidecar") if d.container == "naïve-3" else d for d in renamed]
     topologies = [
         replace(TOPOLOGY, from_ns=int(ts[0]) - 1, devices=tuple(present), on_host_network=(Sharer("tmp", "f" * 64),)),
         replace(TOPOLOGY, from_ns=int(third), devices=tuple(gone)),

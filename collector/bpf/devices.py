@@ -31,9 +31,11 @@ import numpy as np
 from collector.bpf.layout import NETDEV
 from collector.bpf.walk import NetDevice, NetDevices, Walk
 from collector.machine.containers import API_SOCKETS, NOBODY, Called
+from collector.machine.cri import CRI_SOCKETS
 from collector.machine.follower import Follower, Snapshot, WakeFile
-from collector.machine.namespace_names import NamespaceNames
+from collector.machine.namespace_names import Named, NamespaceNames
 from collector.machine.netns import Found, Namespaces
+from collector.machine.pods import LOG_FOLDER
 from collector.machine.processes import in_initial_pid_namespace
 from contracts.errors import MaceError, Unavailable
 from contracts.interfaces import Status
@@ -83,6 +85,8 @@ class _Watch:
         remote_netns: Sequence[str],
         docker_sockets: Sequence[str],
         rescan_interval_s: float,
+        pod_logs: str = LOG_FOLDER,
+        cri_sockets: Sequence[str] = CRI_SOCKETS,
     ) -> None:
         self._asked_host = host_netns
         self._outer = tuple(outer)
@@ -91,7 +95,9 @@ class _Watch:
         self.host_netns = 0
         self._resources = ExitStack()
         self._wake_file = WakeFile()
-        self._names = NamespaceNames(docker_sockets, self.wake, self._netns_of)
+        self._names = NamespaceNames(
+            docker_sockets, self.wake, self._netns_of, pod_logs=pod_logs, cri_sockets=cri_sockets
+        )
         self._walk: Walk
         self._mounts: Namespaces
         self._poll = select.poll()
@@ -106,7 +112,7 @@ class _Watch:
         self._scan_at_s = 0.0
         self._build_at_s = 0.0
         self._changed = False
-        self._built: dict[tuple[NetDevice, tuple[str, str, str], bool], Device] = {}
+        self._built: dict[tuple[NetDevice, Named, bool], Device] = {}
         """The values from which devices were last made → the device without its role."""
         self._taken = Snapshot()
 
@@ -206,7 +212,8 @@ class _Watch:
             # and its last packets are still to be passed on.
             if (place := found.get(namespace.inode)) is not None:
                 self._changed |= self._names.renew(namespace, place)
-        self._scan_at_s = time.monotonic() + self._rescan_interval_s
+        pause_s = self._names.pause_s(self._by_inode.values(), self._rescan_interval_s)
+        self._scan_at_s = time.monotonic() + pause_s
 
     def _look_at_host(self) -> None:
         """Find the host's default routes, and the containers on its network."""
@@ -247,8 +254,7 @@ class _Watch:
         return Snapshot(assigned, self._names.on_host_network())
 
 
-def _device(netdev: NetDevice, named: tuple[str, str, str], by_default: bool) -> Device:
-    netns_name, container, container_id = named
+def _device(netdev: NetDevice, named: Named, by_default: bool) -> Device:
     peer = (0, 0)
     if netdev.kind in _WITH_PEER:
         peer = netdev.peer_netns, netdev.peer_ifindex
@@ -262,10 +268,11 @@ def _device(netdev: NetDevice, named: tuple[str, str, str], by_default: bool) ->
         *peer,
         netdev.master_ifindex,
         by_default,
-        netns_name,
-        container,
+        named.netns_name,
+        named.container,
         netns_cookie=netdev.netns_cookie,
-        container_id=container_id,
+        container_id=named.container_id,
+        pod_containers=named.pod_containers,
     )
 
 
@@ -286,8 +293,12 @@ class BpfDeviceFollower(Follower):
         remote_netns: Sequence[str] = (),
         docker_sockets: Sequence[str] = API_SOCKETS,
         rescan_interval_s: float = 1.0,
+        pod_logs: str = LOG_FOLDER,
+        cri_sockets: Sequence[str] = CRI_SOCKETS,
     ) -> None:
-        super().__init__(_Watch(host_netns, outer, remote_netns, docker_sockets, rescan_interval_s))
+        super().__init__(
+            _Watch(host_netns, outer, remote_netns, docker_sockets, rescan_interval_s, pod_logs, cri_sockets)
+        )
 
 
 def check(*, host_netns: str | int | None = None) -> Status:

@@ -8,6 +8,10 @@ The name is from the first of these origins that has one:
 3. the control group of the namespace's first process: the first 12 digits of the container's id, as runtimes print it;
 4. the name of that process: `comm[pid]`.
 
+A Kubernetes pod precedes 1 to 4 as NAMESPACE/POD, if its namespace has no name or a random one, its first process's
+control group has the pod's UID, and the kubelet's log folder (`collector.machine.pods`) or a runtime's CRI socket
+(`collector.machine.cri`) the pod's name. All containers of a pod are one container here, whose id is the pod's UID.
+
 A thread of its own queries the API when a namespace without a name appears, and every few seconds while the API names
 any container, because containers can be renamed. A daemon that hangs delays names, but never a measurement.
 """
@@ -27,9 +31,11 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
 from collector.machine.netns import NetnsOf, netns_of
+from collector.machine.pods import pod_uid_in_cgroup
 from collector.machine.unix_http import UnixConnection
 from contracts.names import text_of
 
+PROC: Final = Path("/proc")
 API_SOCKETS: Final = ("/run/docker.sock", "/var/run/docker.sock", "/run/podman/podman.sock")
 YOUNG_S: Final = 2.0
 """Age of a process up to which it may be a runtime's child that is still about to become the container's process, s."""
@@ -58,8 +64,8 @@ _APPTAINER: Final = re.compile(rb"(?:Apptainer|Singularity) runtime parent: ([^\
 """Command line of the process that waits for an Apptainer container's end; Apptainer makes no control group."""
 _SYSTEMD_ESCAPE: Final = re.compile(rb"\\x([0-9a-fA-F]{2})")
 """unit_name_escape in systemd's unit-name.c. It also spells `/` as `-`, but a machine's name contains no `/`."""
-_MADE_UP: Final = re.compile(r"(?:cni|netns|cnitest)-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-"""Names in /run/netns that Podman and the CNI plugins generate at random. Any other name says more."""
+_MADE_UP: Final = re.compile(r"(?:(?:cni|netns|cnitest)-)?[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+"""Names in /run/netns that Podman, the CNI plugins and CRI-O generate at random. Any other name says more."""
 
 _LABS: Final = Path("/run/mace/labs")
 """Directory of the lab's state, LAB.json. Without that file a namespace `mace-LAB-NAME` is not the lab's."""
@@ -83,26 +89,35 @@ class Called(NamedTuple):
     name: str
     container_id: str = ""
     """The container's full id; "" if its runtime gives none."""
+    is_pod: bool = False
+    """Whether it is a Kubernetes pod, whose id is its UID."""
 
 
 NOBODY: Final = Called("")
 
 
-def called_by_process(pid: int) -> Called:
+def called_by_process(pid: int, proc: Path = PROC) -> Called:
     """Name the container of a process: its short id if the control group has one, else `comm[pid]`.
 
     Returns `NOBODY` if the process has ended.
     """
     try:
-        cgroup = _cgroup_of(pid)
-        named = name_in_cgroup(cgroup) or f"{text_of(Path(f'/proc/{pid}/comm').read_bytes().strip())}[{pid}]"
+        called = called_in_cgroup(_cgroup_of(pid, proc))
+        return called or Called(f"{text_of((proc / f'{pid}/comm').read_bytes().strip())}[{pid}]")
     except OSError:
         return NOBODY
-    return Called(named, id_in_cgroup(cgroup))
 
 
-def _cgroup_of(pid: int) -> str:
-    return os.fsdecode(Path(f"/proc/{pid}/cgroup").read_bytes())
+def _cgroup_of(pid: int, proc: Path) -> str:
+    return os.fsdecode((proc / f"{pid}/cgroup").read_bytes())
+
+
+def called_in_cgroup(text: str) -> Called | None:
+    """Return the pod or the container in the text of /proc/PID/cgroup; None if there is none."""
+    if uid := pod_uid_in_cgroup(text):
+        return Called(uid[:SHORT_ID], uid, is_pod=True)
+    named = name_in_cgroup(text)
+    return Called(named, id_in_cgroup(text)) if named else None
 
 
 def name_in_cgroup(text: str) -> str:
@@ -237,8 +252,9 @@ class Sharing:
     once (20 µs), and again while it is young, because a runtime's child becomes the container's process only then.
     """
 
-    def __init__(self) -> None:
-        self._own: Final = _container_of(os.getpid())
+    def __init__(self, proc: Path = PROC) -> None:
+        self._proc: Final = proc
+        self._own: Final = _container_of(os.getpid(), proc)
         self._asked: dict[int, tuple[float, Called]] = {}
         """Process id → (time when the process was first seen, its container)."""
 
@@ -248,19 +264,18 @@ class Sharing:
         for pid in pids:
             since_s, called = self._asked.get(pid, (now_s, NOBODY))
             if now_s - since_s < YOUNG_S:
-                called = _container_of(pid)
+                called = _container_of(pid, self._proc)
             asked[pid] = since_s, called
         self._asked = asked
         return frozenset(called for _, called in asked.values()) - {NOBODY, self._own}
 
 
-def _container_of(pid: int) -> Called:
+def _container_of(pid: int, proc: Path) -> Called:
     """Return the container of a process; `NOBODY` if it is in none, or has ended."""
     try:
-        cgroup = _cgroup_of(pid)
-        if named := name_in_cgroup(cgroup):
-            return Called(named, id_in_cgroup(cgroup))
-        apptainer = _APPTAINER.match(Path(f"/proc/{pid}/cmdline").read_bytes())
+        if called := called_in_cgroup(_cgroup_of(pid, proc)):
+            return called
+        apptainer = _APPTAINER.match((proc / f"{pid}/cmdline").read_bytes())
     except OSError:
         return NOBODY
     return Called(f"{text_of(apptainer[1])}[{pid}]") if apptainer else NOBODY

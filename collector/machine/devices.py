@@ -30,8 +30,8 @@ from collector.machine.containers import (
     API_SOCKETS,
     NOBODY,
     Called,
-    called_by_process,
 )
+from collector.machine.cri import CRI_SOCKETS
 from collector.machine.follower import Follower, Snapshot, WakeFile
 from collector.machine.namespace_names import NamespaceNames
 from collector.machine.netns import (
@@ -44,6 +44,7 @@ from collector.machine.netns import (
     leave_for_new_netns,
     open_netns,
 )
+from collector.machine.pods import LOG_FOLDER
 from collector.machine.rtnetlink import (
     RTM_DELNSID,
     RTM_DELROUTE,
@@ -117,11 +118,14 @@ class _Watch:
         remote_netns: Sequence[str] = (),
         docker_sockets: Sequence[str] = API_SOCKETS,
         rescan_interval_s: float = 1.0,
+        pod_logs: str = LOG_FOLDER,
+        cri_sockets: Sequence[str] = CRI_SOCKETS,
     ) -> None:
         self._asked_host = host_netns
         self._outer = tuple(outer)
         self._remote_netns = tuple(remote_netns)
         self._docker_sockets = tuple(docker_sockets)
+        self._pod_logs, self._cri_sockets = pod_logs, tuple(cri_sockets)
         self._rescan_interval_s = rescan_interval_s
         self.host_netns = 0
         self._resources = ExitStack()
@@ -166,7 +170,9 @@ class _Watch:
             raise Unavailable(
                 "devices", "no room for one more network namespace", "raise sysctl user.max_net_namespaces"
             ) from failure
-        self._names = NamespaceNames(self._docker_sockets, self.wake)
+        self._names = NamespaceNames(
+            self._docker_sockets, self.wake, pod_logs=self._pod_logs, cri_sockets=self._cri_sockets
+        )
         self._resources.callback(self._names.close)
         for fd, what in (
             (self._events.fileno(), select.POLLIN),
@@ -322,7 +328,7 @@ class _Watch:
                 self._search()
                 break
         self._look_for_sharers()
-        self._scan_at_s = now_s + self._rescan_interval_s
+        self._scan_at_s = now_s + self._names.pause_s(self._by_nsid.values(), self._rescan_interval_s)
 
     def _look_for_sharers(self) -> None:
         """Find the containers on the host's network among the processes of the last scan.
@@ -364,7 +370,7 @@ class _Watch:
         finally:
             os.close(fd)
         self._add(nsid, place, cookie)
-        self._by_nsid[nsid].by_process = called_by_process(place.pid) if place.pid else NOBODY
+        self._by_nsid[nsid].by_process = self._names.called_by_process(place.pid)
 
     def _ask_links(self) -> None:
         while self._dirty:
@@ -446,7 +452,7 @@ class _Watch:
 
     def _made(self, namespace: _Namespace, inodes: Mapping[int, int]) -> list[Device]:
         netns = namespace.inode
-        netns_name, container, container_id = self._names.of(namespace)
+        named = self._names.of(namespace)
         devices = []
         for link in namespace.links.values():
             peer_netns = netns if link.link_nsid is None else inodes.get(link.link_nsid, 0)
@@ -461,10 +467,11 @@ class _Watch:
                     link.link if peered else 0,
                     link.master,
                     link.ifindex in namespace.default_routes,
-                    netns_name,
-                    container,
+                    named.netns_name,
+                    named.container,
                     netns_cookie=namespace.cookie,
-                    container_id=container_id,
+                    container_id=named.container_id,
+                    pod_containers=named.pod_containers,
                 )
             )
         return devices
@@ -476,8 +483,9 @@ class DeviceFollower(Follower):
     `host_netns` is the namespace that counts as the host: a name in /run/netns, a path, an inode, or None for that of
     process 1 (MACE's own, if process 1 is hidden). `outer` and `remote_netns` are as in
     `contracts.topology.assign_roles`. `docker_sockets` are the API sockets to query for container names; a missing
-    socket is looked for again when a namespace appears. A namespace with neither a mount nor a veth into a known
-    namespace is found within `rescan_interval_s`, any other change within milliseconds.
+    socket is looked for again when a namespace appears. `pod_logs` is the kubelet's log folder, which has the names of
+    pods, and `cri_sockets` are the runtimes to ask for pods that it does not have. A namespace with neither a
+    mount nor a veth into a known namespace is found within `rescan_interval_s`, any other change within milliseconds.
     """
 
     def __init__(
@@ -488,8 +496,12 @@ class DeviceFollower(Follower):
         remote_netns: Sequence[str] = (),
         docker_sockets: Sequence[str] = API_SOCKETS,
         rescan_interval_s: float = 1.0,
+        pod_logs: str = LOG_FOLDER,
+        cri_sockets: Sequence[str] = CRI_SOCKETS,
     ) -> None:
-        super().__init__(_Watch(host_netns, outer, remote_netns, docker_sockets, rescan_interval_s))
+        super().__init__(
+            _Watch(host_netns, outer, remote_netns, docker_sockets, rescan_interval_s, pod_logs, cri_sockets)
+        )
 
 
 def snapshot(
@@ -498,11 +510,13 @@ def snapshot(
     outer: Sequence[str] = (),
     remote_netns: Sequence[str] = (),
     docker_sockets: Sequence[str] = API_SOCKETS,
+    pod_logs: str = LOG_FOLDER,
+    cri_sockets: Sequence[str] = CRI_SOCKETS,
 ) -> tuple[Device, ...]:
     """Return the current devices with their roles, sorted; blocks for some milliseconds. Raises `Unavailable`."""
 
     def look() -> tuple[Device, ...]:
-        watch = _Watch(host_netns, outer, remote_netns, docker_sockets)
+        watch = _Watch(host_netns, outer, remote_netns, docker_sockets, pod_logs=pod_logs, cri_sockets=cri_sockets)
         try:
             return watch.open().devices
         finally:

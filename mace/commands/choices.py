@@ -13,6 +13,8 @@ SOURCES: Final = ("auto", *LIVE)
 """Names of the live sources: `contracts.config.SOURCES`."""
 RUNTIMES: Final = ("netns", "docker")
 """Runtimes for the containers of a test network: `mace.lab.Runtime`."""
+LAYOUTS: Final = ("bridge", "flannel", "calico", "ptp", "cilium")
+"""Layouts of a test network: `mace.lab.Layout`."""
 FAR_ENDS: Final = ("namespace", "guest")
 """Where the far end of a test network is: `mace.lab.FarEnd`."""
 REMOTE: Final = "remote"
@@ -43,6 +45,10 @@ SCENARIOS: Final = (
     "fragments",
     "clones",
     "vxlan",
+    "flannel",
+    "calico",
+    "ptp",
+    "cilium",
     "loss_1",
     "loss_20",
     "sampling_8",

@@ -1,4 +1,4 @@
-"""`mace compare`: measures the same traffic with several sources and compares their figures and costs."""
+"""`mace compare`: measures the same traffic with several sources, or in several networks, and compares the figures."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mace.commands.choices import COMPARED
+from mace.commands.choices import COMPARED, LAYOUTS, RUNTIMES
 from mace.commands.console import Console
 from mace.commands.options import JSON, CaptureOptions, with_config, with_format, with_lab, with_runtime
 
 if TYPE_CHECKING:
+    from mace.lab import Lab
     from mace.live.session import Session
+    from mace.trials.compare import ComparePlan
+
+_WIDTH = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,7 @@ class Options:
     """Options and arguments of `mace compare`."""
 
     sources: str | None
+    networks: tuple[str, ...]
     lab: str | None
     container: str
     runtime: str
@@ -40,6 +45,14 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--sources",
         metavar="LIST",
         help=f"sources to compare, of {', '.join(COMPARED)} (default: those that can run here, and none)",
+    )
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        default=[],
+        metavar="NETWORK",
+        help="compare two networks or more instead of sources, each a layout (" + ", ".join(LAYOUTS) + "), docker,"
+        " the file of a CNI configuration, or the name of a running lab",
     )
     with_lab(parser, "compare in this lab instead of a new one")
     parser.add_argument(
@@ -68,9 +81,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: Options, console: Console) -> int:
     """Measure all rounds and print the comparison."""
-    from contracts.config import SinksConfig
     from mace import lab
-    from mace.commands import settings
     from mace.trials import compare
 
     plan = compare.ComparePlan(
@@ -81,15 +92,14 @@ def run(options: Options, console: Console) -> int:
         interval_s=options.interval,
         seed=options.seed,
     )
+    if options.networks:
+        return _networks(options, plan, console)
     compare.chosen(plan)
     own = compare.spec(lab.Runtime(options.runtime))
     with lab.running(own) if options.lab is None else nullcontext(lab.attach(options.lab)) as place:
 
         def session(source: str) -> Session:
-            capture = CaptureOptions(source, options.ring_mib)
-            # No sinks: figures of a comparison do not belong among a database's measurements.
-            configured = replace(settings.configured(options.config, capture=capture, place=place), sinks=SinksConfig())
-            return settings.session(configured, options.format, console)
+            return _session(options, console, source, place)
 
         found = compare.measure(plan, place, session)
     if options.png:
@@ -99,3 +109,44 @@ def run(options: Options, console: Console) -> int:
     else:
         found.tables(console.out())
     return 0
+
+
+def _networks(options: Options, plan: ComparePlan, console: Console) -> int:
+    """Measure all rounds of the networks and print their comparison."""
+    from contracts.errors import UsageError
+    from mace.commands import settings
+    from mace.live import first
+    from mace.trials import compare, networks
+
+    for given, name in (
+        (options.lab, "--lab"),
+        (options.png, "--png"),
+        (options.runtime != RUNTIMES[0], "--runtime"),
+    ):
+        if given:
+            raise UsageError(f"--networks: not with {name}")
+    compare.check(plan)
+    if options.sources:
+        source, *others = compare.chosen(plan)[:-1]
+        if others:
+            raise UsageError("--networks: one source at a time (--sources NAME)")
+    else:
+        source = first.name_of(settings.configured(options.config).capture)
+    chosen = networks.chosen(options.networks, settings.network_text)
+    found = networks.measure(plan, chosen, source, lambda place: _session(options, console, source, place))
+    if options.format == JSON:
+        console.json(found.as_dict())
+    else:
+        found.tables(console.out(_WIDTH))
+    return 0
+
+
+def _session(options: Options, console: Console, source: str, place: Lab) -> Session:
+    """Return the session of a source in a lab."""
+    from contracts.config import SinksConfig
+    from mace.commands import settings
+
+    capture = CaptureOptions(source, options.ring_mib)
+    # No sinks: figures of a comparison do not belong among a database's measurements.
+    configured = replace(settings.configured(options.config, capture=capture, place=place), sinks=SinksConfig())
+    return settings.session(configured, options.format, console)

@@ -135,8 +135,17 @@ def lab_of(name: str | None) -> lab.Lab | None:
     return lab.attach(name) if name else None
 
 
-def spec(shape: LabShape, name: str, far_end: FarEndOptions | None = None) -> lab.Spec:
-    """Return the specification of a lab with that name, shape and far end."""
+def spec(
+    shape: LabShape,
+    name: str,
+    far_end: FarEndOptions | None = None,
+    cni: Path | None = None,
+    layout: str = lab.Layout.BRIDGE,
+) -> lab.Spec:
+    """Return the specification of a lab with that name, shape, far end, and network of plugins or layout.
+
+    Raises `UsageError` if the file of the network cannot be read.
+    """
     return lab.Spec(
         name=name,
         containers=shape.containers,
@@ -145,7 +154,17 @@ def spec(shape: LabShape, name: str, far_end: FarEndOptions | None = None) -> la
         runtime=lab.Runtime(shape.runtime),
         far_end=lab.FarEnd(far_end.far_end) if far_end else lab.FarEnd.NAMESPACE,
         guest_kernel=str(far_end.guest_kernel.absolute()) if far_end and far_end.guest_kernel else "",
+        cni=network_text(cni) if cni else "",
+        layout=lab.Layout(layout),
     )
+
+
+def network_text(file: Path) -> str:
+    """Return the text of a CNI network configuration list. Raises `UsageError` if the file cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file}: {error.strerror if isinstance(error, OSError) else error}") from None
 
 
 @contextmanager

@@ -8,7 +8,7 @@ docs/lab.md has a picture of it.
 """
 
 from mace.lab.lifecycle import Lab, LabInfo, attach, capture_of, check, down, list_labs, running, up
-from mace.lab.plan import HOST, REMOTE, FarEnd, Runtime, Spec
+from mace.lab.plan import HOST, REMOTE, FarEnd, Layout, Runtime, Spec
 from mace.lab.traffic import Flow, PingResult, TcpResult, UdpResult
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Flow",
     "Lab",
     "LabInfo",
+    "Layout",
     "PingResult",
     "Runtime",
     "Spec",

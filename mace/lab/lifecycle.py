@@ -21,8 +21,8 @@ from typing import IO, Any, Final
 from collector.machine.kernel import boot_id
 from contracts.config import CaptureConfig
 from contracts.errors import LabError, Unavailable, UsageError, nearest
-from mace.lab import docker, guest, netns, network, plan, state
-from mace.lab.plan import HOST, REMOTE, Family, FarEnd, Runtime, Spec
+from mace.lab import cni, cni_list, docker, guest, layouts, netns, network, plan, state
+from mace.lab.plan import HOST, REMOTE, Family, FarEnd, Layout, Runtime, Spec
 from mace.lab.state import Member, State
 from mace.lab.traffic import Traffic
 
@@ -85,6 +85,20 @@ class Lab(Traffic):
         return self._member(member).inode
 
     @property
+    def network(self) -> str:
+        """Description of a network that CNI plugins have made, or of a layout; "" for the lab's own."""
+        if self.spec.layout is not Layout.BRIDGE:
+            return f"layout {self.spec.layout}, far end {self.address(REMOTE)}"
+        if not self.spec.cni:
+            return ""
+        made = cni_list.parse(self.spec.cni)
+        told = []
+        for name in self.containers:
+            found = self._member(name)
+            told.append(" ".join(filter(None, (name, found.ipv4, found.ipv6))))
+        return f"network {made.name}, by the CNI plugins {', '.join(made.types)}: {'; '.join(told)}"
+
+    @property
     def far_end(self) -> str:
         """Description of a far end in a virtual machine, with its kernel; "" for one in a namespace."""
         found = self._state.guest
@@ -94,10 +108,21 @@ class Lab(Traffic):
         return f"far end {plan.wire(REMOTE)[0].ip}: a virtual machine, {how}, Linux {found.release}"
 
     def address(self, member: str, family: Family = 4) -> str:
+        if member == REMOTE and self.spec.layout is Layout.FLANNEL:
+            return str(plan.OVERLAY[family == 6])
         if member == REMOTE:
             return str(plan.wire(REMOTE)[family == 6].ip)
         found = self._member(member)
-        return found.ipv4 if family == 4 else found.ipv6
+        address = found.ipv4 if family == 4 else found.ipv6
+        if not address:
+            raise UsageError(f"lab {self.name!r}: its network gives {member} no IPv{family} address")
+        return address
+
+    def families(self, member: str) -> tuple[Family, ...]:
+        """Return the IP versions of which the member has an address. Raises `UsageError` for an unknown member."""
+        found = self._member(member)
+        both: tuple[tuple[Family, str], ...] = ((4, found.ipv4), (6, found.ipv6))
+        return tuple(family for family, address in both if address)
 
     def command(self, member: str, argv: list[str]) -> list[str]:
         """Return the command line that runs `argv` in the member's network namespace, otherwise on this machine."""
@@ -218,11 +243,13 @@ def check(spec: Spec | None = None) -> list[Unavailable]:
         return [Unavailable("lab", "network namespaces need root", "run it with sudo")]
     found = [
         Unavailable("lab", f"the program {program!r} is missing", netns.remedy_for(program))
-        for program in ("ip", "nft", "nsenter", "ping")
+        for program in ("ip", "nft", "nsenter", "ping", *(layouts.programs(spec.layout) if spec else ()))
         if netns.find_program(program) is None
     ]
     if spec is not None and spec.runtime is Runtime.DOCKER:
         found += docker.problems()
+    if spec is not None and spec.cni:
+        found += cni.problems(spec)
     if spec is not None and spec.far_end is FarEnd.GUEST:
         found += guest.problems(spec)
     if found:
@@ -264,6 +291,8 @@ def up(spec: Spec, *, detached: bool = True) -> Lab:
         if spec.runtime is Runtime.DOCKER:
             record.docker_socket = str(record.directory / "docker.sock")
             record.made_directories = docker.directories_to_make(spec.name)
+        if spec.cni:
+            record.cni_path = cni.plugin_path()
         record.save()
         try:
             _create_host(record)
@@ -341,7 +370,8 @@ def list_labs() -> list[LabInfo]:
         if why:
             busy = state.is_locked(name) and record.phase != state.UP
             status, detail = (record.phase, "") if busy else ("broken", why)
-        infos.append(LabInfo(name, status, record.spec.runtime.value, members, detail))
+        runtime = "cni" if record.spec.cni else record.spec.runtime.value
+        infos.append(LabInfo(name, status, runtime, members, detail))
     return infos
 
 
@@ -367,6 +397,8 @@ def _planned(record: State, place: plan.Placement) -> Member:
     if record.spec.runtime is Runtime.DOCKER:  # Docker assigns addresses itself
         return Member(str(docker.handle(record, place.name)), slot=place.slot)
     path = netns.NETNS_DIR / plan.netns_name(record.spec.name, place.name)
+    if record.spec.cni:  # so do CNI plugins
+        return Member(str(path), slot=place.slot)
     return Member(str(path), slot=place.slot, ipv4=str(place.ipv4.ip), ipv6=str(place.ipv6.ip))
 
 
@@ -386,8 +418,12 @@ def _create_host(record: State) -> None:
         guest.start(record)
     if record.spec.runtime is Runtime.DOCKER:
         docker.start(record)
-    else:
+    elif record.spec.cni:
+        network.route_back(record.spec.name, env)
+    elif record.spec.layout is Layout.BRIDGE:
         network.build_bridges(record.spec, env)
+    else:
+        layouts.build_host(record.spec, env)
 
 
 def _create_containers(record: State, places: list[plan.Placement]) -> None:
@@ -400,7 +436,13 @@ def _create_containers(record: State, places: list[plan.Placement]) -> None:
     network.add_namespaces([plan.netns_name(record.spec.name, place.name) for place in places], env)
     _note_inodes(record, [place.name for place in places])
     for place in places:
-        network.build_container(record.spec, place, env)
+        if record.spec.cni:
+            network.prepare_container(record.spec.name, place.name, env)
+            cni.add(record, place.name)
+        elif record.spec.layout is Layout.BRIDGE:
+            network.build_container(record.spec, place, env)
+        else:
+            layouts.build_container(record.spec, place, env)
 
 
 def _note_inodes(record: State, members: Any) -> None:
@@ -418,6 +460,10 @@ def _remove_member(record: State, name: str) -> None:
     if record.spec.runtime is Runtime.DOCKER:
         docker.remove(record, member)
     else:
+        if record.spec.cni:
+            cni.delete(record, name)
+        else:
+            layouts.remove_container(record.spec, plan.place(record.spec, name, member.slot), record.environment())
         _remove_namespace(path, record.environment())
     del record.members[name]
 
@@ -430,6 +476,9 @@ def _clean(record: State) -> None:
     record.save()
     env = record.environment()
     state.kill(record.id)
+    if record.spec.cni:
+        for name in record.members:
+            cni.delete(record, name)
     _remove_namespaces(record.spec.name, env)
     # Again, because an `ip netns add` may have finished after its parent was killed and before it was killed itself.
     state.kill(record.id)

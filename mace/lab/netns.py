@@ -108,15 +108,25 @@ def enter_command(path: Path, argv: Iterable[str]) -> list[str]:
 
 
 def run(argv: list[str], *, stdin: str = "", env: Mapping[str, str]) -> str:
-    """Run a command to its end and return its standard output. Raises `LabError` or `Unavailable`.
+    """Run a command to its end and return its standard output. Raises `LabError` or `Unavailable`."""
+    done = completed(argv, stdin=stdin, env=env)
+    if done.returncode:
+        said = done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}"
+        raise LabError(f"{' '.join(argv)}: {said}")
+    return done.stdout
+
+
+def completed(argv: list[str], *, stdin: str = "", env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end and return its exit status and output.
 
     The command has a session of its own, so that Ctrl-C on the terminal does not interrupt a clean-up's commands.
+    Raises `LabError` if the command does not end in time, `Unavailable` if it is not installed.
     """
     program = find_program(argv[0])
     if program is None:
         raise Unavailable("lab", f"the program {argv[0]!r} is missing", remedy_for(argv[0]))
     try:
-        done = subprocess.run(
+        return subprocess.run(
             [program, *argv[1:]],
             check=False,
             input=stdin,
@@ -128,14 +138,12 @@ def run(argv: list[str], *, stdin: str = "", env: Mapping[str, str]) -> str:
         )
     except subprocess.TimeoutExpired as error:
         raise LabError(f"{' '.join(argv)}: did not end within {COMMAND_LIMIT_S:.0f} s") from error
-    if done.returncode:
-        said = done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}"
-        raise LabError(f"{' '.join(argv)}: {said}")
-    return done.stdout
 
 
 _PACKAGES: Final = {
     "ip": "iproute2",
+    "bridge": "iproute2",
+    "tc": "iproute2",
     "nft": "nftables",
     "nsenter": "util-linux",
     "unshare": "util-linux",

@@ -103,7 +103,7 @@ def build_wire(lab: str, far_end: FarEnd, env: Mapping[str, str]) -> None:
     guest = far_end is FarEnd.GUEST
     pair = f"link add name {outer} type veth peer name {far} netns {netns_name(lab, REMOTE)}"
     (host4, host6), (remote4, remote6) = wire(HOST), wire(REMOTE)
-    _batch(
+    batch(
         lab,
         HOST,
         [
@@ -120,7 +120,7 @@ def build_wire(lab: str, far_end: FarEnd, env: Mapping[str, str]) -> None:
     if guest:
         return
     netns.write_sysctls(_path(lab, REMOTE), _MEMBER_SYSCTLS)
-    _batch(
+    batch(
         lab,
         REMOTE,
         [
@@ -145,19 +145,29 @@ def build_bridges(spec: Spec, env: Mapping[str, str]) -> None:
             f"addr add {bridge.ipv4} dev {bridge.name} {prefix_route}",
             f"addr add {bridge.ipv6} dev {bridge.name} nodad {prefix_route}",
         ]
-    _batch(spec.name, HOST, commands, env)
+    batch(spec.name, HOST, commands, env)
     if spec.same_addresses:
         for family in ("-4", "-6"):
-            _batch(spec.name, HOST, _routes_by_mark(spec, family), env, family)
+            batch(spec.name, HOST, _routes_by_mark(spec, family), env, family)
     netns.run(netns.enter_command(_path(spec.name, HOST), ["nft", "-f", "-"]), stdin="\n".join(_ruleset(spec)), env=env)
+
+
+def route_back(lab: str, env: Mapping[str, str]) -> None:
+    """Give the remote a default route by the host, for containers' addresses that the host does not masquerade."""
+    batch(lab, REMOTE, [f"route add default via {address.ip}" for address in wire(HOST)], env)
+
+
+def prepare_container(lab: str, name: str, env: Mapping[str, str]) -> None:
+    """Set a container's sysctls and its loopback device up, before CNI plugins make its network."""
+    netns.write_sysctls(_path(lab, name), _MEMBER_SYSCTLS)
+    batch(lab, name, ["link set lo up"], env)
 
 
 def build_container(spec: Spec, place: Placement, env: Mapping[str, str]) -> None:
     """Make the veth pair of one container, whose namespace exists, and its addresses and default routes."""
     inner = netns_name(spec.name, place.name)
-    container = _path(spec.name, place.name)
-    netns.write_sysctls(container, _MEMBER_SYSCTLS)
-    _batch(
+    netns.write_sysctls(_path(spec.name, place.name), _MEMBER_SYSCTLS)
+    batch(
         spec.name,
         HOST,
         [
@@ -166,7 +176,7 @@ def build_container(spec: Spec, place: Placement, env: Mapping[str, str]) -> Non
         ],
         env,
     )
-    _batch(
+    batch(
         spec.name,
         place.name,
         [
@@ -200,6 +210,17 @@ def remove_devices(path: Path, env: Mapping[str, str]) -> None:
         if commands:
             argv = netns.enter_command(path, ["ip", "-force", "-batch", "-"])
             netns.run(argv, stdin="".join([*commands, f"link del group {_DOOMED}\n"]), env=env)
+
+
+def batch(lab: str, member: str, commands: list[str], env: Mapping[str, str], *options: str) -> None:
+    """Run commands of `ip`, given without that word, in a member's namespace. Raises `LabError`."""
+    argv = netns.enter_command(_path(lab, member), ["ip", *options, "-batch", "-"])
+    netns.run(argv, stdin="".join(f"{command}\n" for command in commands), env=env)
+
+
+def run(lab: str, member: str, argv: list[str], env: Mapping[str, str]) -> None:
+    """Run a command in a member's namespace. Raises `LabError`."""
+    netns.run(netns.enter_command(_path(lab, member), argv), env=env)
 
 
 def _last_line(error: Exception) -> str:
@@ -241,11 +262,6 @@ def _ruleset(spec: Spec) -> list[str]:
             "  }",
         ]
     return [*rules, "}"]
-
-
-def _batch(lab: str, member: str, commands: list[str], env: Mapping[str, str], *options: str) -> None:
-    argv = netns.enter_command(_path(lab, member), ["ip", *options, "-batch", "-"])
-    netns.run(argv, stdin="".join(f"{command}\n" for command in commands), env=env)
 
 
 def _path(lab: str, member: str) -> Path:

@@ -16,11 +16,12 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
-from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network, ip_interface
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network, ip_interface
 from typing import Final, Literal
 from zlib import crc32
 
 from contracts.errors import UsageError
+from mace.lab import cni_list
 
 Family = Literal[4, 6]
 """IP version."""
@@ -57,6 +58,25 @@ class Runtime(StrEnum):
     """Real containers of a Docker daemon that runs inside the lab's host namespace."""
 
 
+class Layout(StrEnum):
+    """How a lab's containers are connected to the outer device (`mace.lab.layouts`)."""
+
+    BRIDGE = "bridge"
+    """Bridges, and masquerade behind them, as Docker has it."""
+    FLANNEL = "flannel"
+    """A bridge, and VXLAN to the far end's node."""
+    CALICO = "calico"
+    """Routes to each container's pair, at which proxy ARP answers."""
+    PTP = "ptp"
+    """A gateway address at each container's pair, and policy routes, as the AWS VPC CNI has them."""
+    CILIUM = "cilium"
+    """As calico, with tc programs that forward IPv4 past the host's stack."""
+
+
+OVERLAY: Final = (IPv4Address("192.0.2.2"), IPv6Address("2001:db8:2::2"))
+"""Addresses of the far end in the layout flannel, reached through VXLAN."""
+
+
 class FarEnd(StrEnum):
     """Where a lab's far end is."""
 
@@ -81,6 +101,10 @@ class Spec:
     far_end: FarEnd = FarEnd.NAMESPACE
     guest_kernel: str = ""
     """Path of the kernel that a far end in a virtual machine boots; "" is one that is found (`mace.lab.guest`)."""
+    cni: str = ""
+    """Text of the CNI network configuration list whose plugins make the containers' network; "" is the lab's own
+    network of bridges."""
+    layout: Layout = Layout.BRIDGE
 
     def __post_init__(self) -> None:
         if not _LAB_NAME.fullmatch(self.name):
@@ -95,6 +119,14 @@ class Spec:
             raise UsageError("the docker runtime has one bridge, docker0; more need the netns runtime")
         if self.guest_kernel and self.far_end is not FarEnd.GUEST:
             raise UsageError("a guest's kernel is for a far end in a guest (--far-end guest)")
+        if self.cni:
+            cni_list.parse(self.cni)
+        what = "a CNI network" if self.cni else f"the layout {self.layout}" if self.layout is not Layout.BRIDGE else ""
+        plain = self.bridges == 1 and self.runtime is Runtime.NETNS and self.far_end is FarEnd.NAMESPACE
+        if what and not plain:
+            raise UsageError(f"{what} has one bridge at most, the netns runtime, and a far end in a namespace")
+        if self.cni and self.layout is not Layout.BRIDGE:
+            raise UsageError(f"a CNI network has the layout that its plugins make, not {self.layout}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
     /run/mace/labs/NAME.json   what the lab has or was going to have (an intent log: names are written first)
     /run/mace/labs/NAME.lock   flock: held while a lab is made, changed or removed
-    /run/mace/labs/NAME.d/     files of the lab: the Docker daemon's data, namespace handles
+    /run/mace/labs/NAME.d/     files of the lab: the Docker daemon's data, namespace handles, CNI results
 
 The file does not list the lab's processes: every process that a lab starts has `MACE_LAB_ID=<id>` in its environment,
 and its children inherit it. A clean-up therefore finds a process whose parent was killed before it could write the
@@ -30,7 +30,7 @@ from collector.machine.kernel import boot_id
 from collector.machine.processes import start_ticks, stat_fields
 from contracts.errors import LabError, MaceError
 from mace.lab.netns import search_path
-from mace.lab.plan import FarEnd, Runtime, Spec
+from mace.lab.plan import FarEnd, Layout, Runtime, Spec
 
 STATE_DIR: Final = Path("/run/mace/labs")
 VERSION: Final = 1
@@ -83,6 +83,8 @@ class Member:
     ipv4: str = ""
     ipv6: str = ""
     docker_id: str = ""
+    cni_id: str = ""
+    """Id under which the container is in the lab's CNI network; "" if it is in none."""
 
 
 @dataclass(slots=True)
@@ -101,6 +103,8 @@ class State:
     """The Docker daemon; its end makes the lab broken."""
     guest: GuestProcess | None = None
     """The far end's virtual machine; its end makes the lab broken."""
+    cni_path: str = ""
+    """Directories of the CNI plugins, with colons between them."""
     made_directories: list[str] = field(default_factory=list)
     """Directories outside `directory` that a lab has made, and that the last lab removes if they are empty."""
 
@@ -147,8 +151,9 @@ def load(name: str) -> State | None:
         if raw["version"] != VERSION:
             raise LabError(f"{path}: version {raw['version']}, expected {VERSION}; use the MACE that made it")
         told = raw["spec"]
-        far_end = FarEnd(told.get("far_end", FarEnd.NAMESPACE))  # older files have none
-        spec = Spec(**{**told, "runtime": Runtime(told["runtime"]), "far_end": far_end})
+        # Older files have neither.
+        far_end, layout = FarEnd(told.get("far_end", FarEnd.NAMESPACE)), Layout(told.get("layout", Layout.BRIDGE))
+        spec = Spec(**{**told, "runtime": Runtime(told["runtime"]), "far_end": far_end, "layout": layout})
         if spec.name != name or not re.fullmatch(r"[0-9a-f]{32}", raw["id"]):
             raise LabError(f"{path}: expected the state of lab {name!r}")
         return State(
@@ -161,6 +166,7 @@ def load(name: str) -> State | None:
             docker_socket=raw["docker_socket"],
             daemon=Process(**raw["daemon"]) if raw["daemon"] else None,
             guest=_guest(raw["guest"]) if raw.get("guest") else None,
+            cni_path=raw.get("cni_path", ""),  # older files have none
             made_directories=raw["made_directories"],
         )
     except MaceError:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from collector import SOURCES
 from collector.live.filter import Choice
 from collector.machine.containers import API_SOCKETS
+from collector.machine.cri import CRI_SOCKETS
 from contracts.config import CaptureConfig
 from contracts.errors import SourceError, Unavailable
 from contracts.interfaces import Source, StreamHeader, StreamItem
@@ -73,6 +74,8 @@ class FirstThatOpens:
             outer=config.outer,
             remote_netns=config.remote_netns,
             docker_sockets=(*API_SOCKETS, *config.container_sockets),
+            pod_logs=config.pod_logs,
+            cri_sockets=(*CRI_SOCKETS, *config.cri_sockets),
         )
         return SOURCES[name].make(config, devices, self._host)
 

@@ -10,7 +10,8 @@ from collector import SOURCES, LiveSource
 from collector.bpf import devices as bpf_devices
 from collector.machine import devices
 from collector.machine.containers import API_SOCKETS
-from collector.machine.name_checks import check_processes, check_runtimes
+from collector.machine.cri import CRI_SOCKETS
+from collector.machine.name_checks import check_cri, check_pods, check_processes, check_runtimes
 from contracts.config import CaptureConfig, Config
 from contracts.errors import Unavailable
 from contracts.interfaces import Status
@@ -27,6 +28,8 @@ def statuses(config: Config) -> dict[str, Status]:
         "devices for kmod and ftrace": devices.check(host_netns=config.capture.host_netns or None),
         "devices for bpf": bpf_devices.check(host_netns=config.capture.host_netns or None),
         "names by processes": check_processes(),
+        "names of pods": check_pods(config.capture.pod_logs),
+        "names of pods by CRI": check_cri((*CRI_SOCKETS, *config.capture.cri_sockets)),
         "names by runtimes": check_runtimes((*API_SOCKETS, *config.capture.container_sockets)),
         "sink capture": Status(True, "writes .mace files"),
         "sink store": _store(Path(config.store.path)),

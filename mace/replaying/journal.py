@@ -90,6 +90,7 @@ def committed_to_json(committed: Committed) -> dict[str, Any]:
         "imitated": committed.summary.imitated,
         "names": committed.summary.names.as_list(),
         "sharers": [[sharer.container, sharer.container_id] for sharer in committed.summary.sharers],
+        "pods": committed.summary.pods,
     }
 
 
@@ -103,6 +104,7 @@ def committed_from_json(given: dict[str, Any]) -> Committed:
     for container_id, utc_ns, name in given.get("names", ()):
         summary.names.note(container_id, name, utc_ns)
     summary.sharers = tuple(Sharer(*each) for each in given.get("sharers", ()))
+    summary.pods = dict(given.get("pods", {}))
     return Committed(
         parts=given["parts"],
         ended_with=given["ended_with"],

@@ -72,6 +72,7 @@ def ledger_line(summary: Summary) -> Text:
         _cost_line(summary),
         *(f"{name}: {account.line()}" for name, account in summary.sinks.items()),
         _sharing_line(summary),
+        _pods_line(summary),
         summary.note,
     )
     style = "bold red" if summary.losses() else "dim"
@@ -101,6 +102,15 @@ def _ambiguous_line(summary: Summary) -> str:
 def _sharing_line(summary: Summary) -> str:
     names = ", ".join(summary.on_host_network)
     return f"on the host's own network, with no device to cross: {names}" if names else ""
+
+
+def _pods_line(summary: Summary) -> str:
+    """Return which containers share a pod's devices, for a few pods that have several."""
+    places = (place for (place, _, _), _ in summary.overhead())
+    several = {p.container: names for p in places if "," in (names := summary.pods.get(p.container_id, ""))}
+    told = [f"{pod}: {names.replace(',', ', ')}" for pod, names in several.items()]
+    more = f"; and {len(told) - _NAMES_SHOWN} more pods" if len(told) > _NAMES_SHOWN else ""
+    return f"containers that share a pod's devices: {'; '.join(told[:_NAMES_SHOWN])}{more}" if told else ""
 
 
 def microseconds(ns: float) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from collector.machine import devices
 from collector.machine.containers import API_SOCKETS
+from collector.machine.cri import CRI_SOCKETS
 from collector.machine.netns import Namespaces, open_netns, open_nsfs, path_of
 from contracts.config import CaptureConfig
 from contracts.errors import Unavailable, UsageError, nearest
@@ -55,6 +56,8 @@ def _of_container(name: str, capture: CaptureConfig) -> int:
         outer=capture.outer,
         remote_netns=capture.remote_netns,
         docker_sockets=(*API_SOCKETS, *capture.container_sockets),
+        pod_logs=capture.pod_logs,
+        cri_sockets=(*CRI_SOCKETS, *capture.cri_sockets),
     )
     named = {d.netns: d.container for d in found if d.role is Role.INNER and d.container}
     chosen = [netns for netns, container in named.items() if container == name]

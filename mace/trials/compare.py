@@ -57,11 +57,6 @@ class SourceRound:
     """CPU time of this process for reading, correlating, and starting and stopping the source."""
     wall_s: float
 
-    def overhead_ns(self, direction: Direction) -> Ints:
-        """Return the overhead of each packet of the container, to the resolution of the histogram's bins."""
-        parts = [_values(d) for (_, way, _), d in self.summary.overhead() if way is direction]
-        return np.concatenate([np.zeros(0, np.int64), *parts])
-
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -109,9 +104,9 @@ class Comparison:
         trips = sum(len(part.trips_ns) for part in parts)
         found: dict[str, Any] = {
             "rtt_p50_us": round(trip_us(every), 2),
-            "rtt_ci95_us": _rounded(intervals.of_rounds(trip_us, rounds)),
+            "rtt_ci95_us": rounded(intervals.of_rounds(trip_us, rounds)),
             "perturbation_us": round(perturbation_us(every), 2),
-            "perturbation_ci95_us": _rounded(intervals.of_rounds(perturbation_us, rounds)),
+            "perturbation_ci95_us": rounded(intervals.of_rounds(perturbation_us, rounds)),
             "trips": trips,
             "unanswered": sum(part.unanswered for part in parts),
         }
@@ -119,14 +114,14 @@ class Comparison:
             return found
         summary = self.whole[name]
         for direction in _DIRECTIONS:
-            values = [part.overhead_ns(direction) for part in parts]
+            values = [overhead_ns(part.summary, direction) for part in parts]
 
             def overhead_us(drawn: Ints, values: Sequence[Ints] = values) -> float:
                 return median_us(values[n] for n in drawn)
 
             found[f"overhead_{direction.name.lower()}"] = {
                 "p50_us": round(overhead_us(every), 2),
-                "ci95_us": _rounded(intervals.of_rounds(overhead_us, rounds)),
+                "ci95_us": rounded(intervals.of_rounds(overhead_us, rounds)),
             }
         cpu_s, wall_s = sum(p.cpu_s for p in parts), sum(p.wall_s for p in parts)
         found |= {
@@ -188,14 +183,14 @@ class Comparison:
             table.add_column(name, justify="left" if name == "source" else "right", no_wrap=True)
         for name in self.parts:
             row = self._source(name)
-            cells = [f"{row['rtt_p50_us']:.1f}", _plain(row["rtt_ci95_us"])]
+            cells = [f"{row['rtt_p50_us']:.1f}", plain(row["rtt_ci95_us"])]
             if name == NONE:
                 table.add_row(name, *cells)
                 continue
             cells += [f"{row['perturbation_us']:+.1f}", interval_text(row["perturbation_ci95_us"])]
             for direction in _DIRECTIONS:
                 overhead = row[f"overhead_{direction.name.lower()}"]
-                cells += [f"{overhead['p50_us']:.1f}", _plain(overhead["ci95_us"])]
+                cells += [f"{overhead['p50_us']:.1f}", plain(overhead["ci95_us"])]
             table.add_row(name, *cells, f"{row['cpu_us_per_trip']:.1f}", f"{row['lost']:,}")
         return table
 
@@ -235,10 +230,15 @@ class ComparePlan:
     """Seed of the random order."""
 
 
-def chosen(plan: ComparePlan) -> list[str]:
-    """Return the sources to compare, `none` last. Raises `UsageError`, and `Unavailable` if one cannot run here."""
+def check(plan: ComparePlan) -> None:
+    """Raise `UsageError` for an impossible number of rounds or round trips, or an impossible interval."""
     if plan.rounds < 1 or plan.count < 1 or plan.interval_s < 0:
         raise UsageError("--rounds and --count: expected at least 1; --interval: expected at least 0")
+
+
+def chosen(plan: ComparePlan) -> list[str]:
+    """Return the sources to compare, `none` last. Raises `UsageError`, and `Unavailable` if one cannot run here."""
+    check(plan)
     if plan.sources is None:
         return [*(name for name, source in SOURCES.items() if source.check().ok), NONE]
     names = list(dict.fromkeys(word for word in plan.sources.split(",") if word))
@@ -264,7 +264,7 @@ def measure(plan: ComparePlan, lab: Lab, sessions: Callable[[str], Session]) -> 
     ready = {name: sessions(name) for name in names if name != NONE}
     order = random.Random(plan.seed)
     lab.ping(plan.container, count=3)
-    _trips(plan, lab, min(plan.count, 200))
+    trips(plan, lab, min(plan.count, 200))
     parts: dict[str, list[SourceRound]] = {name: [] for name in names}
     for number in range(plan.rounds):
         for name in order.sample(names, len(names)):
@@ -277,11 +277,11 @@ def _part(plan: ComparePlan, lab: Lab, session: Session | None) -> SourceRound:
     found: list[Ints] = []
 
     async def traffic() -> None:
-        found.append(await asyncio.to_thread(_trips, plan, lab, plan.count))
+        found.append(await asyncio.to_thread(trips, plan, lab, plan.count))
 
     cpu_s, wall_s = time.process_time(), time.monotonic()
     if session is None:
-        found.append(_trips(plan, lab, plan.count))
+        found.append(trips(plan, lab, plan.count))
         summary = Summary()
     else:
         summary = session.measure(traffic, store=None, tee=None)
@@ -292,7 +292,8 @@ def _part(plan: ComparePlan, lab: Lab, session: Session | None) -> SourceRound:
     return SourceRound(found[0][answered], int((~answered).sum()), summary, cpu_s, wall_s)
 
 
-def _trips(plan: ComparePlan, lab: Lab, count: int) -> Ints:
+def trips(plan: ComparePlan, lab: Lab, count: int) -> Ints:
+    """Send `count` echo requests from the container; returns their round trips, ns, -1 without a reply; int64."""
     argv = probing.command(lab.address(REMOTE), count, int(plan.interval_s * 1e9), _PAYLOAD_BYTES)
     process = lab.popen(plan.container, argv)
     said, complaints = process.communicate()
@@ -312,7 +313,7 @@ def draw(found: Comparison, path: Path) -> None:
     told = {name: found.as_dict()["sources"][name] for name in found.parts if name != NONE}
     for direction in _DIRECTIONS:
         curves = [
-            Curve(name, np.concatenate([part.overhead_ns(direction) for part in found.parts[name]]) / 1000)
+            Curve(name, np.concatenate([overhead_ns(part.summary, direction) for part in found.parts[name]]) / 1000)
             for name in told
         ]
         panels.append(Panel(f"Overhead, {direction.name.lower()}", curves))
@@ -331,16 +332,28 @@ def draw(found: Comparison, path: Path) -> None:
     write_png(picture, path)
 
 
+def overhead_ns(summary: Summary, direction: Direction, container: str | None = None) -> Ints:
+    """Return the overhead of each packet, or of one container's, ns, to the resolution of the histogram; int64."""
+    parts = [
+        _values(distribution)
+        for (place, way, _), distribution in summary.overhead()
+        if way is direction and container in (None, place.container)
+    ]
+    return np.concatenate([np.zeros(0, np.int64), *parts])
+
+
 def _values(distribution: Distribution) -> Ints:
     bins, counts = distribution.histogram()
     found: Ints = np.repeat(middles(bins), counts)
     return found
 
 
-def _rounded(found: intervals.Interval | None) -> list[float] | None:
+def rounded(found: intervals.Interval | None) -> list[float] | None:
+    """Return the ends of an interval, to hundredths; None for None."""
     ends = intervals.bounds(found)
     return None if ends is None else [round(end, 2) for end in ends]
 
 
-def _plain(ends: list[float] | None) -> str:
+def plain(ends: list[float] | None) -> str:
+    """Format an interval for people, without signs; `-` for None."""
     return "-" if ends is None else f"{ends[0]:.1f} … {ends[1]:.1f}"

@@ -33,6 +33,7 @@ from tests.benchmark import (
     page_cost,
     pcap_pairs,
     perfetto,
+    pods,
     replaying,
     ring_drain,
     rows,
@@ -83,6 +84,7 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "dask_scaling": replaying.dask_scaling,
     "serve": page.run,
     "serve_cost": page_cost.run,
+    "pods_1000": pods.run,
 }
 
 

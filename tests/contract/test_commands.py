@@ -178,6 +178,7 @@ def test_choices_in_help_equal_those_of_the_parts():
     assert config.SOURCES == choices.SOURCES
     assert tuple(each.value for each in lab.Runtime) == choices.RUNTIMES
     assert tuple(each.value for each in lab.FarEnd) == choices.FAR_ENDS
+    assert tuple(each.value for each in lab.Layout) == choices.LAYOUTS
     assert lab.REMOTE == choices.REMOTE
     assert tuple(each.name for each in files.FORMATS) == choices.FILE_FORMATS
     assert choices.PART_MIB << 20 == assembly.PART_BYTES

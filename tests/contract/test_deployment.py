@@ -332,6 +332,9 @@ def test_kubernetes_accepts_the_example():
     assert set(container["securityContext"]["capabilities"]["add"]) == POWERS
     assert container["securityContext"]["allowPrivilegeEscalation"] is False
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    (logs,) = (mount for mount in container["volumeMounts"] if mount["mountPath"] == config.Config().capture.pod_logs)
+    assert logs["readOnly"]
+    assert {"path": logs["mountPath"], "type": "Directory"} in (volume.get("hostPath") for volume in pod["volumes"])
     assert (
         daemons["spec"]["selector"]["matchLabels"].items() <= daemons["spec"]["template"]["metadata"]["labels"].items()
     )

@@ -367,3 +367,45 @@ def test_a_renamed_container_s_series_are_one_by_its_id(tmp_path):
         _, text = servers.get(f"{server.url}/api/v1/query", query=join, time=START_NS // S + 15)
         (one,) = json.loads(text)["data"]["result"]
     assert (one["metric"], int(one["value"][1])) == ({"container_id": "a" * 64}, whole)
+
+
+@pytest.mark.needs("victoria-metrics")
+@pytest.mark.parametrize("database", [servers.Influx, servers.Victoria])
+def test_pods_are_chosen_by_namespace_and_workload(database, tmp_path):
+    """The queries of docs/metrics.md: conditions on `container` in InfluxQL, a join with `container_info` in PromQL."""
+    pods = ["default/web-6d4cf56db6-8xk2p", "default/web-6d4cf56db6-9zs2x", "default/db-0", "team/web-0"]
+    delays = make_delays(40 * len(pods), containers=len(pods))
+    names = {f"c{number}": pod for number, pod in enumerate(pods)}
+    devices = tuple(
+        replace(d, container=names.get(d.container, ""), container_id=names.get(d.container, "")[::-1])
+        for d in topology(len(pods))
+    )
+    windows = make_windows(delays)
+    results = with_totals(make_results(delays, devices=devices, windows=windows), present=devices)
+    whole = {}
+    for window in windows:
+        pod = devices[window.device].container
+        whole[pod] = whole.get(pod, 0) + window.count
+    of_web = whole[pods[0]] + whole[pods[1]]
+    with servers.running(database(tmp_path / "server")) as server:
+        feed(influx(server.url, tmp_path / "spool"), [results], pace=False)
+        if database is servers.Influx:
+            for condition, count in ((r"/^default\//", of_web + whole["default/db-0"]), (r"/^default\/web-/", of_web)):
+                (found,) = server.query(f'SELECT sum("count") FROM "device_window" WHERE "container" =~ {condition}')
+                assert found["values"][0][1] == count
+            return
+        assert {one["pod"] for one in server.series("container_info_present")} == {pod.split("/")[1] for pod in pods}
+        join = (
+            "sum by (namespace, workload) (sum_over_time(device_window_count[1m])"
+            " * on (host, container) group_left (namespace, workload)"
+            " max by (host, container, namespace, workload) (last_over_time(container_info_present[1m])))"
+        )
+        _, text = servers.get(f"{server.url}/api/v1/query", query=join, time=START_NS // S + 15)
+        found = json.loads(text)["data"]["result"]
+    counts = {(one["metric"]["namespace"], one["metric"]["workload"]): int(one["value"][1]) for one in found}
+    expected = {
+        ("default", "web"): of_web,
+        ("default", "db"): whole["default/db-0"],
+        ("team", "web"): whole["team/web-0"],
+    }
+    assert counts == expected

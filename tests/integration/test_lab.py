@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -9,74 +10,38 @@ import sys
 import threading
 import time
 from pathlib import Path
-from zlib import crc32
 
 import pytest
 
 from contracts.errors import LabError, UsageError
-from mace.lab import Runtime, Spec, attach, check, down, lifecycle, list_labs, netns, network, plan, running, state, up
+from mace.lab import (
+    Layout,
+    Runtime,
+    Spec,
+    attach,
+    check,
+    down,
+    layouts,
+    lifecycle,
+    list_labs,
+    netns,
+    network,
+    plan,
+    running,
+    state,
+    up,
+)
+from tests.lab_leftovers import leftovers, machine, output, own_lab
 from tests.places import ROOT
 
 pytestmark = pytest.mark.needs("root", "netns")
-
-PREFIX = f"t{os.getpid()}"
-"""A prefix of this process, because other tests may run on the same machine."""
-
-
-def output(*argv):
-    return subprocess.run(argv, capture_output=True, text=True, check=False).stdout
-
-
-def machine():
-    """Return everything in the machine's own network namespace that a lab could change."""
-    sysctls = [
-        "ipv4/ip_forward",
-        "ipv6/conf/all/forwarding",
-        "ipv4/conf/all/rp_filter",
-        "bridge/bridge-nf-call-iptables",
-    ]
-    return {
-        "links": output("ip", "-o", "link"),
-        "addresses": output("ip", "-o", "-4", "address"),
-        "routes": output("ip", "route", "show", "table", "all"),
-        "rules": output("ip", "rule") + output("ip", "-6", "rule"),
-        "nft": output("nft", "list", "ruleset"),
-        "sysctls": [p.read_text() for s in sysctls if (p := Path("/proc/sys/net", s)).exists()],
-    }
-
-
-def leftovers(name):
-    """Return everything that is left of a lab on this machine."""
-    found = [str(p) for p in netns.NETNS_DIR.glob(f"mace-{name}-*")]
-    found += [str(p) for p in state.STATE_DIR.glob(f"{name}.*")]
-    found += [
-        line
-        for line in Path("/proc/mounts").read_text().splitlines()
-        if f"mace-{name}-" in line or f"/{name}.d" in line
-    ]
-    found += [str(p) for p in Path("/sys/fs/cgroup").glob(f"*/mace-lab-{name}*")]
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                words = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
-            except OSError:
-                continue
-            if f"/{name}.d/".encode() in words or f"mace-{name}-".encode() in words:
-                found.append(f"process {entry.name}: {words[:200]!r}")
-    return found
 
 
 @pytest.fixture
 def name(request):
     """Provide a lab name of this test alone; the test must leave nothing behind, whether it passed or failed."""
-    before = machine()
-    chosen = f"{PREFIX}-{crc32(request.node.name.encode()) % 10_000}"
-    yield chosen
-    left = leftovers(chosen)
-    down(chosen, force=True)
-    assert left == []
-    assert leftovers(chosen) == []
-    assert machine() == before
+    with own_lab(request.node.name) as chosen:
+        yield chosen
 
 
 SCRIPT = """
@@ -170,6 +135,44 @@ def test_every_containers_device_is_called_eth0_and_the_outer_one_carries_the_de
 def test_many_containers(name):
     with running(Spec(name, containers=20, bridges=3)) as lab:
         assert all(lab.ping(container, count=1).received >= 1 for container in lab.containers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "command", "shown"),
+    [
+        (Layout.FLANNEL, "ip -d link show type vxlan", "dstport 8472"),
+        (Layout.CALICO, "ip route show", "198.51.100.2 dev veth"),
+        (Layout.PTP, "ip rule", "from 198.51.100.2 lookup 100"),
+        (Layout.CILIUM, "tc filter show dev OUTER ingress", "direct-action"),
+    ],
+)
+def test_layouts_reach_everyone_both_ways_without_translation(name, layout, command, shown, monkeypatch):
+    code = "import socket; s = socket.create_server(('', 7)); print('ready', flush=True); print(s.accept()[1][0])"
+    told = "ip rule; ip route show table all; ip neigh show nud permanent; tc filter show dev OUTER ingress"
+    with running(Spec(name, containers=2, layout=layout)) as lab:
+        assert lab.network == f"layout {layout}, far end {lab.address('remote')}"
+        assert shown in lab.popen("host", command.replace("OUTER", lab.outer_device).split()).communicate()[0]
+        ways = [("c1", "remote"), ("remote", "c2"), ("c1", "c2"), ("c1", "host"), ("host", "c2")]
+        for sender, to in ways:
+            for family in (4, 6):
+                assert lab.ping(sender, to, count=2, family=family).received == 2
+        server = lab.popen("remote", [sys.executable, "-c", code])
+        assert server.stdout.readline() == "ready\n"
+        client = f"import socket; socket.create_connection(({lab.address('remote')!r}, 7))"
+        assert lab.exec("c1", [sys.executable, "-c", client]) == 0
+        assert server.communicate(timeout=10)[0] == f"{lab.address('c1')}\n"
+        address, words = lab.address("c1"), ["sh", "-c", told.replace("OUTER", lab.outer_device)]
+        before = lab.popen("host", words).communicate()[0].splitlines()
+        with monkeypatch.context() as patch:
+            patch.setattr(layouts, "build_container", lambda *_: (_ for _ in ()).throw(LabError("no luck")))
+            with pytest.raises(LabError, match="no luck"):
+                lab.add_container("c3")
+        lab.remove_container("c1")
+        assert not re.search(rf"\b{re.escape(address)}\b", lab.popen("host", words).communicate()[0])
+        lab.add_container("c1")
+        assert lab.tcp("c1", size=200_000, reverse=True).received == 200_000
+        assert len(lab.popen("host", words).communicate()[0].splitlines()) == len(before)
 
 
 # --- same addresses -----------------------------------------------------------------------------

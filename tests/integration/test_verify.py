@@ -28,6 +28,9 @@ def test_no_row_is_wrong_and_none_is_missing(verdicts, name):
     assert found["packets"] >= PACKETS
     assert (found["precision"], found["wrong"]) == (1.0, 0)
     assert found["recall"] == found["recall_bound"]
+    if BY_NAME[name].unseen:
+        assert found["recall"] == 0.5, "every request and no echo"
+        assert found["why_bound"] == BY_NAME[name].unseen
     if BY_NAME[name].loss:
         assert found["lost"] > 0
         assert 0 < found["recall"] < 1

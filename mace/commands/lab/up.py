@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
+from mace.commands.choices import LAYOUTS
 from mace.commands.console import Console
 from mace.commands.options import FarEndOptions, LabShape, with_far_end, with_lab_shape
 
@@ -16,6 +18,8 @@ class Options:
     name: str
     shape: LabShape
     far_end: FarEndOptions
+    cni: Path | None
+    layout: str
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +27,20 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", default="lab", metavar="NAME", help="name of the lab (default lab)")
     with_lab_shape(parser, containers=1)
     with_far_end(parser)
+    network = parser.add_mutually_exclusive_group()
+    network.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        default=LAYOUTS[0],
+        help="how containers are connected: as Docker does, or as a CNI implementation does (default %(default)s)",
+    )
+    network.add_argument(
+        "--cni",
+        type=Path,
+        metavar="FILE",
+        help="CNI network configuration list (.conflist) whose plugins make the containers' network; they are looked"
+        " for in $CNI_PATH (default /usr/lib/cni:/opt/cni/bin)",
+    )
 
 
 def run(options: Options, console: Console) -> int:
@@ -30,8 +48,10 @@ def run(options: Options, console: Console) -> int:
     from mace import lab
     from mace.commands import settings
 
-    made = lab.up(settings.spec(options.shape, options.name, options.far_end))
+    made = lab.up(settings.spec(options.shape, options.name, options.far_end, options.cni, options.layout))
     console.line(f"lab {made.name} is up: {', '.join(made.members)}")
+    if made.network:
+        console.line(made.network)
     if made.far_end:
         console.line(made.far_end)
     return 0

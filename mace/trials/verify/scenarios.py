@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from contracts.errors import LabError
-from mace.lab import HOST, REMOTE, Lab, Spec
+from mace.lab import HOST, REMOTE, Lab, Layout, Spec
 from mace.lab.plan import device_tag
 from mace.trials.verify.truth import Sight
 
@@ -39,6 +39,8 @@ class Scenario:
     """The kernel module records one packet in 2**`sample_shift`; other sources cannot sample."""
     partial: bool = False
     """Whether a source may be unable to match some packets; the bound on the recall then follows from its records."""
+    unseen: str = ""
+    """What a source may not see of the scenario's packets, as a reason for a bound below 1."""
     bystanders: tuple[str, ...] = ()
     """Kinds of the host's devices (`bystander_device`) that also have a packet socket."""
 
@@ -148,6 +150,10 @@ def _churning(stage: Stage) -> None:
         stage.lab.remove_container(name)
 
 
+def _laid(layout: Layout) -> Spec:
+    return Spec(name=LAB, containers=2, layout=layout)
+
+
 _TWO: Final = Spec(name=LAB, containers=2)
 _TWINS: Final = Spec(name=LAB, containers=2, bridges=2, same_addresses=True)
 
@@ -198,6 +204,19 @@ SCENARIOS: Final = (
         "through a VXLAN tunnel over the outer device",
         lambda stage: stage.talk(("udp", "c1", 96, 2000), to="192.0.2.2"),
         _tunnel,
+    ),
+    Scenario(
+        "flannel", "pods on a bridge, to a pod of another node through VXLAN", _echoes, spec=_laid(Layout.FLANNEL)
+    ),
+    Scenario("calico", "pods with routed pairs and proxy ARP", _echoes, spec=_laid(Layout.CALICO)),
+    Scenario("ptp", "pods with routed pairs and policy routes", _echoes, spec=_laid(Layout.PTP)),
+    Scenario(
+        "cilium",
+        "pods whose packets tc programs forward: bpf_redirect_neigh out, bpf_redirect_peer in",
+        _echoes,
+        spec=_laid(Layout.CILIUM),
+        partial=True,
+        unseen="what bpf_redirect_peer moves to a container passes no tracepoint of its device",
     ),
     Scenario("loss_1", "1 % of the records removed in blocks", _echoes, spec=_TWO, loss=0.01),
     Scenario("loss_20", "20 % of the records removed in blocks", _echoes, spec=_TWO, loss=0.2),

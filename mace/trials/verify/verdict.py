@@ -96,7 +96,7 @@ def verdict(scenario: Scenario, config: Config, packets: int) -> Verdict:
     with labs.running(scenario.spec) as lab, ExitStack() as leaving:
         scenario.prepare(lab)
         for name in lab.containers:
-            for family in (4, 6):
+            for family in lab.families(name):
                 lab.ping(name, count=2, family=family)
         stage = Stage(lab, packets, leaving)
         capture = replace(labs.capture_of(config.capture, lab), sample_shift=scenario.sample_shift)
@@ -132,7 +132,8 @@ def judged(
     elif not scenario.partial:
         possible = 1.0
     else:
-        possible = kept(whole, worked.devices, stage.inner, stage.outer) / max(score.packets, 1)
+        # `kept` leaves out packets whose stamps do not say which record is theirs; MACE may have matched these rightly.
+        possible = max(score.right, kept(whole, worked.devices, stage.inner, stage.outer)) / max(score.packets, 1)
     bound = round(possible, 6)
     keyed = any(isinstance(item, Batch) and item.content is not None for item in whole.items)
     return Verdict(
@@ -160,6 +161,8 @@ def _why_bound(scenario: Scenario, source: str, *, keyed: bool) -> str:
         return f"{scenario.loss:.0%} of the records were removed on purpose"
     if scenario.sample_shift:
         return f"the source was to record one packet in {1 << scenario.sample_shift}"
+    if scenario.unseen:
+        return scenario.unseen
     if not keyed:
         return (
             f"packets change their buffer on the way, and source {source} records buffers alone; kmod and bpf record "

@@ -243,6 +243,25 @@ def test_one_run_without_the_hook_is_enough_to_name_devices():
         assert whole.sees_past_tracepoints is known
 
 
+def test_a_pod_s_rows_have_its_parts_and_its_containers():
+    names = {"container": "default/web-6d4cf56db6-8xk2p", "container_id": "u1", "pod_containers": "app,sidecar"}
+    devices = tuple(replace(d, **names) if d.container == "c0" else d for d in topology(2))
+    summary = Summary()
+    delays = make_delays(40, containers=2)
+    results = make_results(delays, containers=2, windows=make_windows(delays), devices=devices)
+    summary.add(with_totals(results, present=devices))
+    other = Summary()
+    other.merge(summary)
+    for each in (summary, other):
+        found = {row["container"]: row for row in each.as_dict()["overhead"]}
+        parts = ("namespace", "pod", "workload", "pod_containers")
+        pod = found["default/web-6d4cf56db6-8xk2p"]
+        assert [pod[part] for part in parts] == ["default", "web-6d4cf56db6-8xk2p", "web", ["app", "sidecar"]]
+        assert not found["c1"].keys() & set(parts)
+    shown = printed(summary, 160)
+    assert "containers that share a pod's devices: default/web-6d4cf56db6-8xk2p: app, sidecar\n" in shown
+
+
 def test_containers_on_the_host_s_network_are_named():
     summary = live(make_delays(10))
     assert "on_host_network" not in summary.as_dict()

@@ -150,7 +150,10 @@ def test_cookies_of_namespaces_travel_and_older_readers_see_the_rest():
 def test_ids_and_sharers_travel_and_older_readers_see_the_rest():
     told = replace(
         TOPOLOGY,
-        devices=(*TOPOLOGY.devices[1:], replace(TOPOLOGY.devices[0], container_id="a" * 64)),
+        devices=(
+            *TOPOLOGY.devices[1:],
+            replace(TOPOLOGY.devices[0], container_id="a" * 64, pod_containers="app,sidecar"),
+        ),
         on_host_network=(Sharer("agent", "b" * 64), Sharer("image.sif[7]")),
     )
     assert decode(encode([told]))[1] == told
@@ -162,6 +165,7 @@ def test_ids_and_sharers_travel_and_older_readers_see_the_rest():
     ]
     before = wire._to_json(wire._topology_fields(TOPOLOGY, 0))
     assert b"container_id" not in before
+    assert b"pod_containers" not in before
     assert b"on_host_network" not in before
     for wrong in ({}, [1], [{}], [{"container": 5}], [{"container": "a", "container_id": 5}]):
         with pytest.raises(WireError, match="on_host_network"):

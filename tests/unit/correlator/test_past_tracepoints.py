@@ -88,6 +88,40 @@ def test_up_a_bond_and_a_vlan_and_on_to_a_container():
     }
 
 
+def test_through_an_ifb_and_back():
+    """tc redirects what the pair receives to an ifb, where it is shaped, and the ifb gives it back to the pair."""
+    devices = (
+        *DEVICES,
+        Device(HOST, 7, "lxc0", "veth", POD, 2, netns_name="host"),
+        Device(HOST, 8, "bwp0", "ifb", netns_name="host"),
+        Device(POD, 2, "eth0", "veth", HOST, 7, netns_name="pod"),
+    )
+    path = "Q:pod/eth0 X:pod/eth0 r:lxc0 R:lxc0 Q:bwp0 X:bwp0 R:lxc0 Q:out0 X:out0 r:far/far0 R:far/far0 c"
+    rows, totals = feed(devices, path)
+    assert rows == {
+        ("eth0", "EGRESS", "DEVICE", 200),
+        ("lxc0", "EGRESS", "DEVICE", 200),
+        ("bwp0", "EGRESS", "DEVICE", 200),
+        ("lxc0", "EGRESS", "DEVICE", 100),
+        ("out0", "EGRESS", "OUTSIDE", 200),
+        ("far0", "EGRESS", "OUTSIDE", 100),
+        ("eth0", "EGRESS", "OVERHEAD", 700),
+    }
+    assert totals.packets == 1
+
+
+def test_an_ifb_gives_a_queued_packet_back_to_the_queue():
+    devices = (
+        *DEVICES,
+        Device(HOST, 7, "lxc0", "veth", POD, 2, netns_name="host"),
+        Device(HOST, 8, "bwp0", "ifb", netns_name="host"),
+        Device(POD, 2, "eth0", "veth", HOST, 7, netns_name="pod"),
+    )
+    rows, totals = feed(devices, "r:out0 R:out0 Q:bwp0 X:bwp0 Q:lxc0 X:lxc0 r:pod/eth0 R:pod/eth0 c")
+    assert ("eth0", "INGRESS", "OVERHEAD", 600) in rows
+    assert totals.packets == 1
+
+
 def test_a_pair_of_another_host_is_not_reached():
     """The other end of the pair has to be in the packet's namespace."""
     devices = (*DEVICES, Device(POD, 2, "eth0", "veth", FAR, 9, netns_name="pod"))

@@ -268,3 +268,29 @@ def test_containers_are_written_at_start_at_renaming_and_once_a_minute():
     assert told(62, ("db", "c3")) == []
     assert lines.over_budget == 1
     assert list(lines.containers(make_results(Delays.empty()).totals)) == []  # a source that lists no devices
+
+
+def test_a_pod_is_one_container_in_every_series_and_its_parts_are_told_once():
+    names = {"container": "default/web-6d4cf56db6-8xk2p", "container_id": "u1", "pod_containers": "app,sidecar"}
+    device = Device(1, 2, "eth0", "veth", netns_name="cni-1", **names)
+    lines = StreamLines(HEADER, Budget(100))
+    totals = replace(make_results(Delays.empty()).totals, present=(device,))
+    (told,) = lines.containers(totals)
+    assert told.startswith(
+        "container_info,host=testhost,container=default/web-6d4cf56db6-8xk2p,container_id=u1,netns=cni-1,"
+        "namespace=default,pod=web-6d4cf56db6-8xk2p,workload=web,pod_containers=app\\,sidecar,"
+        "source=synthetic present=1i "
+    )
+    assert lines._device_tags(device)["container"] == "default/web-6d4cf56db6-8xk2p"
+    assert set(lines._device_tags(device)) == {"host", "container", "netns", "device", "kind"}
+    # One more container starts in the pod: only its info is a new series.
+    (more,) = lines.containers(replace(totals, present=(replace(device, pod_containers="app,extra,sidecar"),)))
+    assert "extra" in more
+    delays = make_delays(20)
+    started = topology()
+    windows = make_windows(delays)
+    written = set()
+    for containers in ("app", "app,sidecar"):
+        now = tuple(replace(d, pod_containers=containers) for d in started)
+        written.add(frozenset(row.partition(" ")[0] for row in lines.windows(windows, now, ranks(now))))
+    assert len(written) == 1

@@ -290,6 +290,19 @@ def test_a_containers_id_joins_its_names():
     assert info(server) == set()
 
 
+def test_a_pods_parts_are_labels_of_its_info_alone():
+    server = endpoint.Endpoint(PrometheusConfig("127.0.0.1:0"), Vitals(), Clock())
+    server.begin(HEADER)
+    pod = replace(own_device("1"), container="default/db-0", container_id="u1", pod_containers="postgres")
+    server.add(HEADER, with_totals(NOTHING, present=(pod, replace(own_device("2"), container_id="2"))))
+    text = server.metrics("text/plain")[0].decode()
+    parts = ("namespace", "pod", "workload", "pod_containers")
+    told = {dict(k[1])["container"]: dict(k[1]) for k in samples(text) if k[0] == "mace_container_info"}
+    assert [told["default/db-0"][part] for part in parts] == ["default", "db-0", "db", "postgres"]
+    assert [told["c2"][part] for part in parts] == [""] * 4
+    assert text.count('namespace="default"') == 1
+
+
 def hours_of_churn():
     """Return, of two hours in which a container starts every two seconds and lives for four, at six moments: the series
     held and counted, the text's kilobytes, the process's memory in bytes, and the work of a result and of a scrape.

@@ -14,6 +14,7 @@ from contracts.errors import StoreError
 from contracts.figures import Summary
 from contracts.histogram import BINS, MAX_NS, bins_of, lower_bounds, quantiles
 from contracts.ledger import Ledger
+from contracts.pods import pod_name
 from contracts.schema import Delays, Direction, Grades, Segment
 from contracts.topology import Sharer
 from mace.shown import tables as shown_tables
@@ -466,10 +467,11 @@ def test_rows_are_given_as_they_are_stored(tmp_path):
 def test_a_store_without_ids_is_read(tmp_path):
     store = renaming(tmp_path, ("web", ""), ("db", ""), containers=2)
     before = store.summary().as_dict()
-    for table, column in (("delays", "container_id"), ("windows", "container_id"), ("ledger", "on_host_network")):
+    later_columns = {"delays": ["container_id"], "windows": ["container_id", "pod_containers"]}
+    for table, columns in (later_columns | {"ledger": ["on_host_network"]}).items():
         for each in segments.listing(tmp_path, table):
             rows = pq.read_table(each.path, partitioning=None)
-            pq.write_table(rows.drop_columns([column]), each.path)
+            pq.write_table(rows.drop_columns(columns), each.path)
     store = StoreReader(tmp_path)
     assert store.summary().as_dict() == before
     for source in ("rows", "windows"):
@@ -498,12 +500,30 @@ def test_missing_columns_of_old_rows_get_defaults():
     for table, column, nothing in (
         ("delays", "container_id", ""),
         ("windows", "container_id", ""),
+        ("windows", "pod_containers", ""),
         ("ledger", "on_host_network", []),
     ):
         rows = tables.SCHEMAS[table].empty_table()
         assert tables.grown(rows.drop_columns([column]), table).schema == tables.SCHEMAS[table]
         made = tables._nothing(tables.SCHEMAS[table].field(column).type, 2)
         assert made.to_pylist() == [nothing] * 2
+
+
+def test_a_pod_and_its_containers_are_read_from_a_store(tmp_path):
+    """A pod has no name at first; then it has one, and one more container."""
+    pods = [(ID[:12], ""), ("default/web-6d4cf56db6-8xk2p", "app"), ("default/web-6d4cf56db6-8xk2p", "app,sidecar")]
+    for number, (name, pod_containers) in enumerate(pods):
+        one = stretch(number, name, ID, 2)
+        devices = tuple(replace(d, pod_containers=pod_containers) if d.container_id else d for d in one.rows.devices)
+        fill(tmp_path, [replace(one, rows=replace(one.rows, devices=devices))], f"run-{number}")
+    store = StoreReader(tmp_path)
+    (pod,) = [row for row in store.summary().as_dict()["overhead"] if row.get("container_id") == ID][:1]
+    assert (pod["namespace"], pod["workload"], pod["pod_containers"]) == ("default", "web", ["app", "sidecar"])
+    asked = (
+        "SELECT DISTINCT container, pod_namespace(container), pod_name(container), pod_workload(container) FROM delays"
+    )
+    rows = {row[0]: row[1:] for row in zip(*sql.table(store, asked).to_pydict().values(), strict=True)}
+    assert rows == {name: tuple(pod_name(name)) for name in ("", "c1", pods[1][0])}
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def test_a_process_outside_containers_has_no_name(monkeypatch: pytest.MonkeyPatc
 
 
 def test_id_of_a_process_in_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(containers, "_cgroup_of", lambda _pid: f"0::/system.slice/docker-{ID}.scope")
+    monkeypatch.setattr(containers, "_cgroup_of", lambda _pid, _proc: f"0::/system.slice/docker-{ID}.scope")
     assert called_by_process(os.getpid()) == Called("9f7f73d4a4e5", ID)
 
 
@@ -321,7 +321,7 @@ def test_containers_that_share_a_namespace(monkeypatch: pytest.MonkeyPatch) -> N
             own: "0::/lxc.payload.ours/init.scope",
             os.getpid(): "0::/lxc.payload.ours/init.scope",
         }
-        monkeypatch.setattr(containers, "_cgroup_of", lambda pid: cgroups.get(pid, "0::/"))
+        monkeypatch.setattr(containers, "_cgroup_of", lambda pid, _proc: cgroups.get(pid, "0::/"))
         eventually(lambda: Path(f"/proc/{apptainer}/cmdline").read_bytes().startswith(b"Apptainer"))
         sharing, pids = Sharing(), [web, other, plain, own, apptainer, os.getpid()]
         docker, probe = Called(ID[:12], ID), Called(f"probe[{apptainer}]")

@@ -260,4 +260,4 @@ def test_an_id_goes_with_the_runtime_s_name(
     names._service.called = by_api
     names.use()
     namespace = _Namespace(5, 1, Found(INODE, name), 0.0, by_process=by_process)
-    assert names.of(namespace) == called
+    assert names.of(namespace) == (*called, "")

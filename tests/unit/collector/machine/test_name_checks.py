@@ -6,7 +6,7 @@ import pytest
 
 from collector.machine import name_checks
 from collector.machine.containers import ApiError
-from collector.machine.name_checks import check_processes, check_runtimes
+from collector.machine.name_checks import check_pods, check_processes, check_runtimes
 
 
 @pytest.fixture
@@ -85,3 +85,20 @@ def test_a_socket_that_this_user_may_not_open(tmp_path, monkeypatch):
     assert not status.ok
     assert "cannot be opened by this user" in status.detail
     assert "rights of root" in status.remedy
+
+
+def test_a_log_folder_of_pods(tmp_path):
+    (tmp_path / "default_web-0_3b1f0c1a-5d3e-4a53-8f0e-1234567890ab").mkdir()
+    (tmp_path / "other").mkdir()
+    status = check_pods(str(tmp_path))
+    assert status.ok
+    assert status.detail.startswith("1 pods in ")
+
+
+def test_no_log_folder_of_pods(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder, why in (("", "empty"), (str(tmp_path / "none"), "does not exist"), (str(tmp_path / "file"), "listed")):
+        status = check_pods(folder)
+        assert not status.ok
+        assert why in status.detail
+        assert status.remedy

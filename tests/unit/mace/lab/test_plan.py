@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from contracts.errors import LabError, UsageError
-from mace.lab import Runtime, Spec, plan, state, traffic
+from mace.lab import FarEnd, Layout, Runtime, Spec, plan, state, traffic
 
 # Each example covers all places of a lab, so that few examples suffice.
 FEW = settings(max_examples=20)
@@ -100,6 +100,9 @@ def test_devices_of_two_labs_have_different_names():
         {"bridges": 9},
         {"same_addresses": True},
         {"runtime": Runtime.DOCKER, "bridges": 2, "containers": 2},
+        {"runtime": Runtime.DOCKER, "layout": Layout.CALICO},
+        {"layout": Layout.FLANNEL, "bridges": 2},
+        {"layout": Layout.PTP, "far_end": FarEnd.GUEST},
     ],
 )
 def test_impossible_labs_are_refused(wrong):
@@ -137,7 +140,7 @@ def state_dir(tmp_path, monkeypatch):
 
 
 def test_state_survives_the_file(state_dir):
-    record = state.State(Spec(name="s", containers=2), owner=state.this_process())
+    record = state.State(Spec(name="s", containers=2, layout=Layout.CALICO), owner=state.this_process())
     record.members["c1"] = state.Member("/run/netns/mace-s-c1", inode=7, slot=0, ipv4="198.51.100.2")
     record.save()
     assert state.load("s") == record

@@ -74,6 +74,8 @@ def test_the_store_reads_like_any_other(capture, reference, tmp_path):
     # The newest names apply, also to packets in flight and open windows at the change of name.
     assert {key[0].container for key, _ in other.summary().overhead()} == {"naïve-0", "naïve-1", "renamed", "naïve-3"}
     assert other.summary().on_host_network == ["agent", "image.sif[7]"]
+    pod = [row for row in other.summary().as_dict()["overhead"] if row["container"] == "naïve-3"]
+    assert [row["pod_containers"] for row in pod] == [["app", "sidecar"]] * 2
 
 
 @pytest.mark.slow

@@ -1,0 +1,211 @@
+"""Networks laid out as well-known CNI implementations lay them out, built with `ip` and without their agents.
+
+    flannel   eth0 ─ veth ─ bridge ─ VXLAN over out0     the far end is a pod of the other node, 192.0.2.2
+    calico    eth0 ─ veth ─ out0                         no bridge: a route to each pod, proxy ARP at its veth
+    ptp       eth0 ─ veth ─ out0                         the gateway's address at each veth, and policy routes
+    cilium    eth0 ─ veth ─ out0                         as calico, and tc programs forward IPv4 past the host's stack
+
+The addresses are those of `plan`; only flannel's other node has addresses of its own. Between pods and the far end no
+layout translates addresses: the remote has routes back.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
+from pathlib import Path
+from typing import Final
+
+from contracts.errors import LabError
+from mace.lab import netns, network
+from mace.lab.plan import (
+    HOST,
+    INNER_DEVICE,
+    OVERLAY,
+    REMOTE,
+    Layout,
+    Placement,
+    Spec,
+    bridge_networks,
+    bridges,
+    device_tag,
+    netns_name,
+    outer_device,
+    remote_device,
+    wire,
+)
+
+_NODE: Final = {HOST: "02:42:c0:00:02:01", REMOTE: "02:42:c0:00:02:02"}
+"""MAC addresses of the two VXLAN devices: flannel's daemon writes the other node's into each node's tables."""
+_VXLAN_PORT: Final = 8472
+"""The kernel's default port, which flannel uses."""
+_VXLAN_BYTES: Final = 50
+"""What VXLAN adds to an IP packet over IPv4: Ethernet 14, VXLAN 8, UDP 8, IP 20."""
+_OTHER_NODE: Final = (IPv4Interface("192.0.2.0/24"), IPv6Interface("2001:db8:2::/64"))
+"""Pods' networks of the other node; the network's own address is the VXLAN device's, as with flannel."""
+
+_ROUTER_MAC: Final = "ee:ee:ee:ee:ee:ee"
+_ROUTER4: Final = IPv4Address("192.0.2.1")
+_ROUTER6: Final = IPv6Address("fe80::ecee:eeff:feee:eeee")
+"""Gateway of every pod under calico: no device has the IPv4 address (Calico's is 169.254.1.1), and proxy ARP answers;
+the IPv6 address follows from the MAC, which every host's end of a pair has."""
+
+_POLICY_TABLE: Final = 100
+_POLICY_TO, _POLICY_FROM = 512, 1536
+"""Priorities of the AWS VPC CNI's rules towards and from a pod."""
+_REDIRECTING: Final = Path(__file__).with_name("redirecting.py")
+
+
+def programs(layout: Layout) -> tuple[str, ...]:
+    """Return the programs that the layout needs besides those of every lab."""
+    return {Layout.FLANNEL: ("bridge",), Layout.CILIUM: ("tc", "unshare", "mount")}.get(layout, ())
+
+
+def build_host(spec: Spec, env: Mapping[str, str]) -> None:
+    """Make what the layout has in the host's and the remote's namespaces before there are containers."""
+    if spec.layout is Layout.FLANNEL:
+        network.build_bridges(spec, env)
+        for member, other in ((HOST, REMOTE), (REMOTE, HOST)):
+            network.batch(spec.name, member, _overlay(spec, member, other), env)
+            entry = [_NODE[other], "dev", _overlay_device(spec), "dst", str(wire(other)[0].ip), "self", "permanent"]
+            network.run(spec.name, member, ["bridge", "fdb", "add", *entry], env)
+        return
+    (host4, host6), far = wire(HOST), remote_device(spec.name)
+    net4, net6 = bridge_networks()
+    back = [f"route add {net4} via {host4.ip} dev {far}", f"route add {net6} via {host6.ip} dev {far}"]
+    network.batch(spec.name, REMOTE, back, env)
+    if spec.layout is Layout.PTP:
+        outer, (far4, far6) = outer_device(spec.name), wire(REMOTE)
+        table = [f"route add default via {a.ip} dev {outer} table {_POLICY_TABLE}" for a in (far4, far6)]
+        network.batch(spec.name, HOST, table, env)
+    if spec.layout is Layout.CILIUM:
+        network.run(spec.name, HOST, ["tc", "qdisc", "add", "dev", outer_device(spec.name), "clsact"], env)
+
+
+def build_container(spec: Spec, place: Placement, env: Mapping[str, str]) -> None:
+    """Make the pair of one container, whose namespace exists, and its addresses and routes on both sides."""
+    if spec.layout is Layout.FLANNEL:
+        network.build_container(spec, place, env)
+        mtu = 1500 - _VXLAN_BYTES
+        network.batch(spec.name, HOST, [f"link set dev {place.veth} mtu {mtu}"], env)
+        network.batch(spec.name, place.name, [f"link set dev {INNER_DEVICE} mtu {mtu}"], env)
+        return
+    network.prepare_container(spec.name, place.name, env)
+    inner = netns_name(spec.name, place.name)
+    pair = f"link add name {place.veth} {{}} type veth peer name {INNER_DEVICE} address {place.mac} netns {inner}"
+    if spec.layout is Layout.PTP:
+        host, container = _policy_routed(place)
+        pair = pair.format("")
+    else:
+        host, container = _proxied(place)
+        pair = pair.format(f"address {_ROUTER_MAC}")
+    network.batch(spec.name, HOST, [pair, f"link set dev {place.veth} up"], env)
+    if spec.layout is not Layout.PTP:
+        # Without the second, the kernel waits up to 0.8 s before it answers for another address; Calico sets both.
+        answering = {f"ipv4/conf/{place.veth}/proxy_arp": 1, f"ipv4/neigh/{place.veth}/proxy_delay": 0}
+        netns.write_sysctls(netns.NETNS_DIR / netns_name(spec.name, HOST), answering)
+    up = [f"link set dev {INNER_DEVICE} up"]
+    network.batch(spec.name, place.name, up + container, env)
+    for family, commands in host.items():
+        network.batch(spec.name, HOST, commands, env, family)
+    if spec.layout is Layout.CILIUM:
+        _redirect(spec, place, "add", env)
+
+
+def remove_container(spec: Spec, place: Placement, env: Mapping[str, str]) -> None:
+    """Remove what a container has in the host namespace besides its pair, whose routes go with it."""
+    if spec.layout is Layout.PTP:
+        for family, commands in _rules(place, "del").items():
+            for command in commands:
+                with suppress(LabError):  # a set-up that failed has not made all of them
+                    network.batch(spec.name, HOST, [command], env, family)
+    elif spec.layout is Layout.CILIUM:
+        with suppress(LabError):
+            _redirect(spec, place, "del", env)
+
+
+def _overlay_device(spec: Spec) -> str:
+    return f"vx{device_tag(spec.name)}"
+
+
+def _overlay(spec: Spec, member: str, other: str) -> list[str]:
+    """Return the commands for one end of the tunnel, with the tables that flannel's daemon writes on each node."""
+    device, under = _overlay_device(spec), wire(member)[0]
+    bridge = bridges(spec)[0]
+    here = (bridge.ipv4.network, bridge.ipv6.network)
+    there = tuple(each.network for each in _OTHER_NODE)
+    own, far = (here, there) if member == HOST else (there, here)
+    tunnel = f"type vxlan id 1 local {under.ip} dstport {_VXLAN_PORT} nolearning"
+    # On the other node, the far end stands for the node's pod, and answers under the pod's address.
+    pod = OVERLAY if member == REMOTE else ()
+    source4, source6 = (f"src {address}" for address in pod) if pod else ("", "")
+    return [
+        f"link add name {device} address {_NODE[member]} {tunnel}",
+        f"link set dev {device} addrgenmode none up",
+        *(f"addr add {address}/{address.max_prefixlen} dev {device} nodad" for address in pod),
+        f"addr add {own[0].network_address}/32 dev {device}",
+        f"addr add {own[1].network_address}/128 dev {device} nodad",
+        f"neigh add {far[0].network_address} lladdr {_NODE[other]} dev {device} nud permanent",
+        f"neigh add {far[1].network_address} lladdr {_NODE[other]} dev {device} nud permanent",
+        f"route add {far[0]} via {far[0].network_address} dev {device} onlink {source4}",
+        f"route add {far[1]} via {far[1].network_address} dev {device} onlink {source6}",
+    ]
+
+
+def _proxied(place: Placement) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the commands of the host by family, and of the container, for a pod behind proxy ARP."""
+    ip4, ip6 = place.ipv4.ip, place.ipv6.ip
+    host = {
+        "-4": [f"route add {ip4} dev {place.veth} scope link"],
+        "-6": [f"route add {ip6} dev {place.veth}"],
+    }
+    container = [
+        f"addr add {ip4}/32 dev {INNER_DEVICE}",
+        f"addr add {ip6}/128 dev {INNER_DEVICE} nodad",
+        f"route add {_ROUTER4} dev {INNER_DEVICE} scope link",
+        f"route add default via {_ROUTER4} dev {INNER_DEVICE}",
+        f"route add default via {_ROUTER6} dev {INNER_DEVICE}",
+    ]
+    return host, container
+
+
+def _policy_routed(place: Placement) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the commands of the host by family, and of the container, for a pair as the CNI plugin ptp makes it."""
+    gateways = {"-4": place.bridge.ipv4.ip, "-6": place.bridge.ipv6.ip}
+    rules = _rules(place, "add")
+    host, container = {}, []
+    for family, address in (("-4", place.ipv4), ("-6", place.ipv6)):
+        gateway, whole = gateways[family], address.ip.max_prefixlen
+        nodad = "nodad" if family == "-6" else ""
+        host[family] = [
+            f"addr add {gateway}/{whole} dev {place.veth} {nodad}",
+            f"route add {address.ip} dev {place.veth}",
+            *rules[family],
+        ]
+        container += [
+            f"addr add {address.ip}/{whole} dev {INNER_DEVICE} {nodad}",
+            f"route add {gateway} dev {INNER_DEVICE}",
+            f"route add default via {gateway} dev {INNER_DEVICE}",
+        ]
+    return host, container
+
+
+def _rules(place: Placement, verb: str) -> dict[str, list[str]]:
+    return {
+        family: [
+            f"rule {verb} to {ip} lookup main priority {_POLICY_TO}",
+            f"rule {verb} from {ip} lookup {_POLICY_TABLE} priority {_POLICY_FROM}",
+        ]
+        for family, ip in (("-4", place.ipv4.ip), ("-6", place.ipv6.ip))
+    }
+
+
+def _redirect(spec: Spec, place: Placement, verb: str, env: Mapping[str, str]) -> None:
+    """Attach or detach the programs that forward a pod's IPv4 packets, at the outer device and the pod's pair."""
+    addresses = [str(place.ipv4.ip), str(bridge_networks()[0]), str(wire(HOST)[0].ip)]
+    words = [verb, outer_device(spec.name), place.veth, *addresses, str(place.slot + 1)]
+    # A mount namespace of its own, whose end unmounts the BPF file system that tc needs to find a program.
+    argv = ["unshare", "--mount", "--propagation", "private", sys.executable, "-I", "-S", str(_REDIRECTING), *words]
+    network.run(spec.name, HOST, argv, env)

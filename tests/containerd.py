@@ -1,0 +1,194 @@
+"""A containerd of the tests' own, which runs pods without a kubelet: the tests call its CRI socket as a kubelet does.
+
+The CNI plugin gives a pod's namespace no device: names need none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import shutil
+import socket
+import subprocess
+import tarfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from collector.machine.cri import fields
+from collector.machine.grpc_calls import call
+from tests.measuring import wait_for
+
+PROGRAMS: Final = ("containerd", "containerd-shim-runc-v2", "ctr", "runc", "busybox")
+IMAGE: Final = "mace.test/pause:1"
+_CONFIG: Final = """
+version = 2
+root = "{0}/root"
+state = "{0}/state"
+[grpc]
+  address = "{0}/containerd.sock"
+[ttrpc]
+  address = "{0}/containerd.sock.ttrpc"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{0}/opt"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{1}"
+  restrict_oom_score_adj = true
+  stream_server_address = "127.0.0.1"
+  stream_server_port = "0"
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    snapshotter = "native"
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    conf_dir = "{0}/cni"
+    bin_dir = "{0}/cni"
+"""
+_PLUGIN: Final = """#!/bin/sh
+test "$CNI_COMMAND" = DEL || cat <<END
+{"cniVersion": "0.4.0", "interfaces": [{"name": "$CNI_IFNAME", "sandbox": "$CNI_NETNS"}],
+ "ips": [{"version": "4", "address": "203.0.113.5/24", "interface": 0}]}
+END
+"""
+_NETWORK: Final = """{"cniVersion": "0.4.0", "name": "none", "plugins": [{"type": "none"}]}"""
+_NODE: Final = 2
+"""NamespaceMode NODE: the host's network."""
+
+
+def missing() -> str | None:
+    """Return which program is missing, or None if none is."""
+    return next((f"no program {name}" for name in PROGRAMS if not shutil.which(name)), None)
+
+
+def message(**values: object) -> bytes:
+    """Return a protobuf message: `f3="a"` is field 3. A value is a text, a number, a message, or a list of such."""
+    made = b""
+    for name, value in values.items():
+        for one in value if isinstance(value, list) else [value]:
+            number = int(name[1:])
+            if isinstance(one, int):
+                made += _varint(number << 3) + _varint(one)
+            else:
+                raw = one.encode() if isinstance(one, str) else bytes(one)  # type: ignore[call-overload]
+                made += _varint(number << 3 | 2) + _varint(len(raw)) + raw
+    return made
+
+
+def _varint(value: int) -> bytes:
+    made = bytearray()
+    while value > 127:
+        made.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*made, value])
+
+
+@dataclass
+class Containerd:
+    path: Path
+    """Its CRI socket."""
+
+    def ask(self, method: str, request: bytes) -> bytes:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(self.path))
+            (answer,) = call(sock, [(f"/runtime.v1.RuntimeService/{method}", request)], 60)
+        return answer
+
+    def _made(self, method: str, request: bytes) -> str:
+        """Call a method that makes something, and return its id."""
+        return next(value.decode() for number, value in fields(self.ask(method, request)) if number == 1)  # type: ignore[union-attr]
+
+    @contextlib.contextmanager
+    def pod(self, name: str, *containers: str, host_network: bool = False) -> Iterator[str]:
+        """Run a pod NAMESPACE/POD with containers that sleep, in a control group as the kubelet's; yields its UID."""
+        uid, root = str(uuid.uuid4()), f"mace-test-{uuid.uuid4()}"
+        context = message(f1=message(f1=_NODE if host_network else 0))
+        namespace, pod = name.split("/")
+        linux = message(f1=f"/{root}/kubepods/burstable/pod{uid}", f2=context)
+        # A list of five pods is larger than HTTP/2's window of 64 KiB, and a request is no larger than a frame.
+        annotation = message(f1="mace.test/long", f2="x" * 14_000)
+        config = message(f1=message(f1=pod, f2=uid, f3=namespace), f7=annotation, f8=linux)
+        sandbox = self._made("RunPodSandbox", message(f1=config))
+        try:
+            for container in containers:
+                command = ["/bin/busybox", "sleep", "1000"]
+                wanted = message(f1=message(f1=container), f2=message(f1=IMAGE), f3=command)
+                made = self._made("CreateContainer", message(f1=sandbox, f2=wanted, f3=config))
+                self.ask("StartContainer", message(f1=made))
+            yield uid
+        finally:
+            self.ask("StopPodSandbox", message(f1=sandbox))
+            self.ask("RemovePodSandbox", message(f1=sandbox))
+            groups = [*Path("/sys/fs/cgroup").glob(root), *Path("/sys/fs/cgroup").glob(f"*/{root}")]
+            for group in sorted((each for top in groups for each in (top, *top.rglob("*/"))), reverse=True):
+                group.rmdir()
+
+
+@contextlib.contextmanager
+def running(place: Path, netns: str) -> Iterator[Containerd]:
+    """Run containerd in a network namespace, which is its pods' host network, with an image of busybox.
+
+    Every file of it is in `place`, which is short: a unix socket's path has at most 107 bytes.
+    """
+    (place / "cni").mkdir(parents=True)
+    for plugin in ("none", "loopback"):
+        (place / "cni" / plugin).write_text(_PLUGIN, encoding="utf-8")
+        (place / "cni" / plugin).chmod(0o755)
+    (place / "cni/none.conflist").write_text(_NETWORK, encoding="utf-8")
+    (place / "config.toml").write_text(_CONFIG.format(place, IMAGE), encoding="utf-8")
+    _write_image(place / "image.tar")
+    log = (place / "containerd.log").open("wb")
+    argv = ["nsenter", f"--net=/run/netns/{netns}", "containerd", "--config", str(place / "config.toml")]
+    with log:
+        process = subprocess.Popen(argv, stdout=log, stderr=log)
+    daemon = Containerd(place / "containerd.sock")
+
+    def ready() -> bool:
+        assert process.poll() is None, (place / "containerd.log").read_text(encoding="utf-8")[-2000:]
+        return daemon.path.exists()
+
+    try:
+        wait_for(ready, what="containerd's socket")
+        argv = ["ctr", "--address", str(daemon.path), "--namespace", "k8s.io", "images", "import"]
+        argv += ["--snapshotter", "native", str(place / "image.tar")]
+        subprocess.run(argv, stdout=subprocess.DEVNULL, check=True)
+        yield daemon
+    finally:
+        process.terminate()
+        process.wait()
+        mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()]
+        for mount in sorted((m for m in mounts if m.startswith(f"{place}/")), reverse=True):
+            subprocess.run(["umount", "--lazy", mount], check=False)
+
+
+def _write_image(path: Path) -> None:
+    """Write an image with busybox alone, in the format of `docker save`, which `ctr images import` reads."""
+    busybox = Path(shutil.which("busybox") or "").read_bytes()
+    layer = io.BytesIO()
+    with tarfile.open(fileobj=layer, mode="w") as tar:
+        for name in ("bin", "proc", "sys", "dev", "etc"):
+            folder = tarfile.TarInfo(name)
+            folder.type, folder.mode = tarfile.DIRTYPE, 0o755
+            tar.addfile(folder)
+        _add(tar, "bin/busybox", busybox, 0o755)
+    diff = hashlib.sha256(layer.getvalue()).hexdigest()
+    config = json.dumps(
+        {
+            "architecture": "amd64",
+            "os": "linux",
+            "config": {"Cmd": ["/bin/busybox", "sleep", "100000"]},
+            "rootfs": {"type": "layers", "diff_ids": [f"sha256:{diff}"]},
+        }
+    ).encode()
+    manifest = json.dumps([{"Config": "config.json", "RepoTags": [IMAGE], "Layers": ["layer.tar"]}]).encode()
+    with tarfile.open(path, mode="w") as tar:
+        _add(tar, "layer.tar", layer.getvalue())
+        _add(tar, "config.json", config)
+        _add(tar, "manifest.json", manifest)
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes, mode: int = 0o644) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mode = len(data), mode
+    tar.addfile(entry, io.BytesIO(data))
