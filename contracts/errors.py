@@ -12,6 +12,7 @@
     │       └── AheadError        a message with times ahead of this machine's clock
     ├── Stopped                   a replay was stopped on request; it can be resumed
     ├── StoreError                the embedded store: locked, full, damaged, wrong schema
+    ├── SealError                 a key cannot be used, or a seal cannot be written or read
     ├── LabError                  the test network could not be made or removed
     └── OutputError               standard output is closed or full
 
@@ -92,6 +93,10 @@ class AheadError(NotNowError):
 
 class StoreError(MaceError):
     """The embedded store cannot be opened, written or read."""
+
+
+class SealError(MaceError):
+    """A key cannot be used for seals, or a seal cannot be written or read."""
 
 
 class Stopped(MaceError):

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from contracts.clock import ClockPair
+from contracts.clock import ClockPair, KernelClock
 from contracts.errors import WireError
 from contracts.hooks import Hook
 from contracts.interfaces import Progress, StreamHeader, StreamItem
@@ -238,7 +238,7 @@ class Encoder:
 
     def header(self, header: StreamHeader) -> bytes:
         """Return the first frame. It is not compressed, so that `strings` and `less` show a capture's origin."""
-        payload = _to_json({"wire": WIRE_VERSION} | asdict(header))
+        payload = _to_json({"wire": WIRE_VERSION} | asdict(header) | {"clock": clock_fields(header.clock)})
         self._stream = crc32(payload)
         return self._frame(FrameKind.HEADER, payload, compress=False)
 
@@ -729,6 +729,9 @@ class _Json:
                     raise WireError(f"{self._where}: {key}: expected [name, netns, ifindex], found {one!r:.40}")
         return tuple(found)
 
+    def has(self, key: str) -> bool:
+        return self._fields.get(key) is not None
+
     def object(self, key: str) -> _Json:
         return _Json(self._get(key, dict), f"{self._where}: {key}")
 
@@ -754,15 +757,37 @@ def _header(raw: bytes, version: int) -> StreamHeader:
         kernel=given.text("kernel"),
         boot_id=given.text("boot_id"),
         cpus=given.number("cpus", 1, 1 << 16),  # a record's CPU is a u16
-        clock=ClockPair(
-            clock.number("monotonic_ns"),
-            clock.number("utc_ns"),
-            clock.number("uncertainty_ns", 0),
-        ),
+        clock=_clock(clock),
         hooks=given.texts("hooks"),
         mace_version=given.text("mace_version"),
         command=given.texts("command"),
     )
+
+
+def clock_fields(clock: ClockPair) -> dict[str, Any]:
+    """Return a clock pair as JSON; `kernel` is left out where it is not known."""
+    return {key: value for key, value in asdict(clock).items() if value is not None}
+
+
+def _clock(given: _Json) -> ClockPair:
+    kernel = given.object("kernel") if given.has("kernel") else None
+    return ClockPair(
+        given.number("monotonic_ns"),
+        given.number("utc_ns"),
+        given.number("uncertainty_ns", 0),
+        KernelClock(
+            kernel.text("state"),
+            kernel.number("max_error_ns", 0, default=0),
+            kernel.number("est_error_ns", 0, default=0),
+        )
+        if kernel is not None
+        else None,
+    )
+
+
+def clock_of(given: dict[str, Any]) -> ClockPair:
+    """Return the clock pair of `clock_fields`. Raises `WireError` for other JSON."""
+    return _clock(_Json(given, "clock"))
 
 
 _DEVICE_DEFAULTS: Final = {field.name: field.default for field in fields(Device)}

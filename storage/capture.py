@@ -16,12 +16,17 @@ import os
 import stat
 from pathlib import Path
 from threading import Lock
-from typing import Final, Literal, NoReturn
+from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
 from contracts.errors import StoreError, WireError
 from contracts.interfaces import Progress, StreamHeader, StreamItem
 from contracts.records import Batch
 from contracts.wire import FILE_HEAD, MAX_RECORDS, Encoder
+from storage.sealing.places import refuse_existing
+
+if TYPE_CHECKING:  # sealing needs an extra
+    from storage.sealing.capture import CaptureSeal
+    from storage.sealing.keys import SealKey
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -36,8 +41,14 @@ class CaptureSink:
     """
 
     def __init__(
-        self, path: Path | str, *, overwrite: bool = False, sync: Literal["close", "frame", "never"] = "close"
+        self,
+        path: Path | str,
+        *,
+        overwrite: bool = False,
+        sync: Literal["close", "frame", "never"] = "close",
+        seal: SealKey | None = None,
     ) -> None:
+        """With `seal`, `FILE.seal` states each frame, signed by this key (`storage.sealing.capture`)."""
         self.path: Final = Path(path)
         self.bytes_written = 0
         """Number of bytes of whole frames in the file."""
@@ -47,6 +58,8 @@ class CaptureSink:
         self._fd: int | None = None
         self._regular = True
         self._failed: str | None = None
+        self._key = seal
+        self._seal: CaptureSeal | None = None
         # A cancelled write continues in its thread, and later writes have to wait for it.
         self._lock = Lock()
 
@@ -54,6 +67,11 @@ class CaptureSink:
     def records(self) -> int:
         """Number of records in the file."""
         return self._encoder.records
+
+    @property
+    def seal_head(self) -> str:
+        """SHA-256 of the seal's last line, in hexadecimal; "" without a seal."""
+        return self._seal.head if self._seal else ""
 
     async def open(self, header: StreamHeader) -> None:
         """Create the file. Raises `StoreError`, also if the file exists and `overwrite` is false."""
@@ -74,6 +92,8 @@ class CaptureSink:
 
     def _open(self, header: StreamHeader) -> None:
         with self._lock:
+            if self._key is not None and not self._overwrite:
+                refuse_existing(self.path)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
             try:
                 fd = os.open(self.path, flags | (0 if self._overwrite else os.O_EXCL), 0o644)
@@ -86,11 +106,27 @@ class CaptureSink:
             self._fd = fd
             try:
                 self._empty(fd)
-                self._append(FILE_HEAD + self._encoder.header(header))
+                if self._key is not None and not self._regular:
+                    raise StoreError(f"{self.path}: not a regular file, so it cannot be sealed; leave out --seal")
+                frame = self._encoder.header(header)
+                self._append(FILE_HEAD + frame)
+                if self._key is not None:
+                    self._begin_seal(self._key, header, frame)
             except BaseException:
                 self._fd = None
                 os.close(fd)
+                if self._seal is not None:
+                    self._seal.close()
                 raise
+
+    def _begin_seal(self, key: SealKey, header: StreamHeader, frame: bytes) -> None:
+        from storage.sealing.capture import CaptureSeal  # noqa: PLC0415 (needs an extra)
+
+        try:
+            self._seal = CaptureSeal(self.path, key, header, overwrite=self._overwrite, sync=self._sync == "frame")
+            self._seal.frame(frame)
+        except OSError as error:
+            raise StoreError(f"{self.path}: its seal cannot be written: {error.strerror}") from error
 
     def _empty(self, fd: int) -> None:
         try:
@@ -119,6 +155,19 @@ class CaptureSink:
                     self._failed = f"{self.path}: {error}"
                     raise
                 self._append(frame)
+                self._state(frame, piece if isinstance(piece, Batch) else None)
+
+    def _state(self, frame: bytes, batch: Batch | None = None) -> None:
+        """Let the seal state a frame that has been written."""
+        if self._seal is None:
+            return
+        try:
+            self._seal.frame(frame, batch)
+        except OSError as error:
+            self._failed = (
+                f"{self.path}: its seal cannot be written: {error.strerror}; the frames that it states can be verified"
+            )
+            raise StoreError(self._failed) from error
 
     def _close(self) -> None:
         with self._lock:
@@ -126,11 +175,27 @@ class CaptureSink:
                 return
             try:
                 if self._failed is None:
-                    self._append(self._encoder.end())
+                    frame = self._encoder.end()
+                    self._append(frame)
                     self._flush(self._sync == "close")
+                    self._state(frame)
+                self._end_seal()
             finally:
                 fd, self._fd = self._fd, None
                 os.close(fd)
+                if self._seal is not None:
+                    self._seal.close()
+
+    def _end_seal(self) -> None:
+        if self._seal is None:
+            return
+        whole = self._failed is None
+        try:
+            self._seal.end(self._encoder.records, self._encoder.lost, whole=whole, sync=self._sync == "close")
+        except OSError as error:
+            if whole:
+                raise StoreError(f"{self.path}: the end of its seal cannot be written: {error.strerror}") from error
+            _LOG.warning("%s: the end of its seal cannot be written: %s", self.path, error.strerror)
 
     def _append(self, frame: bytes) -> None:
         if self._fd is None:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +41,7 @@ from contracts.windowtable import WindowTable
 from storage import segments, tables
 from storage.checksum import SegmentWriter, mismatch
 from storage.ownership import NO_LINK, open_new, refuse_foreign
+from storage.sealing.places import has_seal
 from storage.segments import (
     HOUR_NS,
     MAINTENANCE_INTERVAL_S,
@@ -50,6 +51,10 @@ from storage.segments import (
     SegmentFile,
     by_hour,
 )
+
+if TYPE_CHECKING:  # sealing needs an extra
+    from storage.sealing.keys import SealKey
+    from storage.sealing.segments import StoreSeal
 
 _LOG = logging.getLogger(__name__)
 CPUS_INTERVAL_S: Final = 10.0
@@ -79,13 +84,18 @@ def check_schema(root: Path) -> bool:
     return True
 
 
-def lock_store(root: Path, who: str) -> int:
+def lock_store(root: Path, who: str, *, seals: bool = False) -> int:
     """Lock a store for writing and note the writer in the lock file; returns the file descriptor that holds the lock.
 
     The lock is a flock, which the kernel releases when the process ends in any way. Raises `StoreError` if another
-    writer holds the lock, and for a directory of another user.
+    writer holds the lock, for a directory of another user, and for a sealed store if the writer does not seal.
     """
     refuse_foreign(root)
+    if not seals and has_seal(root):
+        raise StoreError(
+            f"{root}: the store is sealed, and what another writer adds would not be: add to it by"
+            " `mace run --seal KEY`, or name another directory"
+        )
     fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | NO_LINK, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,8 +173,11 @@ class EmbeddedStore:
         max_bytes: int | None = None,
         clock: Callable[[], float] = time.time,
         cpus: Callable[[], CpuReadings] | None = None,
+        seal: SealKey | None = None,
     ) -> None:
         """`rows=False` keeps windows and ledger only. `clock` gives UTC seconds, for retention.
+
+        With `seal`, `STORE/seal` states each segment, signed by this key (`storage.sealing.segments`).
 
         `cpus` reads the machine's CPUs; readings are stored when a run begins, each `CPUS_INTERVAL_S`, and at its end.
         """
@@ -172,6 +185,9 @@ class EmbeddedStore:
         self._rows, self._flush_interval_s, self._flush_rows, self._fsync = rows, flush_interval_s, flush_rows, fsync
         self._max_age_s, self._max_bytes, self._clock = max_age_s, max_bytes, clock
         self._lock_fd = -1
+        self._key = seal
+        self._seal: StoreSeal | None = None
+        self._closed_in_order = False
         self._header: StreamHeader | None = None
         self._flush = 1
         # The buffer: write() fills it, _submit() empties it.
@@ -264,11 +280,12 @@ class EmbeddedStore:
             if self._merging is not None:
                 await self._merging
             self._raise_failure()
+            self._closed_in_order = True
         finally:
             self._release()
 
     def _acquire(self, header: StreamHeader) -> None:
-        self._take_hold(f"run {header.run}")
+        self._take_hold(f"run {header.run}", header)
         try:
             self._refuse_known_run(header)
             run = tables.runs_table(header)
@@ -278,7 +295,7 @@ class EmbeddedStore:
         except OSError as e:
             raise self._cannot("open the store", e) from e
 
-    def _take_hold(self, who: str) -> None:
+    def _take_hold(self, who: str, header: StreamHeader | None = None) -> None:
         """Make the store if there is none, lock it, and remove leftovers of a crash."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -286,7 +303,7 @@ class EmbeddedStore:
             strange = sorted(p.name for p in self.path.iterdir() if not p.name.startswith(("lock", "store.json")))
             if not known and strange:
                 raise StoreError(f"{self.path}: not a MACE store, and not empty (found {strange[0]!r})")
-            self._lock_fd = lock_store(self.path, who)
+            self._lock_fd = lock_store(self.path, who, seals=self._key is not None)
             if (self.path / segments.UNFINISHED / "plan.json").exists():
                 raise StoreError(
                     f"{self.path}: a replay was stopped here; finish it with `mace replay --resume`, or name another"
@@ -295,6 +312,10 @@ class EmbeddedStore:
             if not known:
                 about = memoryview(json.dumps({"format": "mace-store", "schema": SCHEMA_VERSION}).encode())
                 segments.write_whole(self.path / "store.json", segments.write_bytes(about), fsync=self._fsync)
+            if self._key is not None and header is not None:
+                from storage.sealing.segments import StoreSeal  # noqa: PLC0415 (needs an extra)
+
+                self._seal = StoreSeal.open(self.path, self._key, header, sync=self._fsync)
             segments.remove_leftovers(self.path)
             self._flush = segments.next_flush(self.path)
         except OSError as e:
@@ -305,9 +326,15 @@ class EmbeddedStore:
             if executor is not None:
                 executor.shutdown(wait=True)
         self._encoder = self._merger = None
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+        try:
+            if self._seal is not None:
+                self._seal.close(self._header if self._closed_in_order else None)
+        except OSError as e:
+            raise self._cannot("close the seal", e) from e
+        finally:
+            if self._lock_fd >= 0:
+                os.close(self._lock_fd)
+                self._lock_fd = -1
 
     def _refuse_known_run(self, header: StreamHeader) -> None:
         """Raise `StoreError` for a run that the store has, because its packets would count twice."""
@@ -453,6 +480,8 @@ class EmbeddedStore:
         target = segments.segment(self.path, table, hour, self._flush, self._flush, len(rows))
         data = memoryview(tables.encode(rows, table))
         segments.write_whole(target.path, segments.write_bytes(data), fsync=self._fsync)
+        if self._seal is not None:
+            self._seal.put(target, data)
         # After the segment is complete: merging, in another thread, examines an announced hour once.
         self._put_in.append((table, hour))
 
@@ -468,7 +497,10 @@ class EmbeddedStore:
 
     def _retain(self) -> None:
         if self._max_age_s is not None or self._max_bytes is not None:
-            self.removed += segments.retain(self.path, self._clock(), self._max_age_s, self._max_bytes)
+            before = self._seal.removed if self._seal is not None else None
+            self.removed += segments.retain(self.path, self._clock(), self._max_age_s, self._max_bytes, before=before)
+        if self._seal is not None:
+            self._seal.shorten()
 
     def _retain_quietly(self) -> None:
         try:
@@ -519,9 +551,26 @@ class EmbeddedStore:
         merged = segments.segment(
             self.path, first.table, first.hour, first.first, last.last, sum(s.rows for s in group)
         )
-        segments.replace_covered(
-            merged, group, lambda temporary: self._copy(group, temporary, merged.rows), fsync=self._fsync
-        )
+        seal = self._seal
+
+        def write(temporary: Path) -> None:
+            if seal is not None:
+                self._check_sealed(seal, group)
+            self._copy(group, temporary, merged.rows)
+
+        def written() -> None:
+            if seal is not None:
+                seal.merged(merged, group)
+
+        segments.replace_covered(merged, group, write, fsync=self._fsync, written=written)
+
+    def _check_sealed(self, seal: StoreSeal, group: list[SegmentFile]) -> None:
+        for each in group:
+            try:
+                seal.check(each)
+            except StoreError:
+                self._damaged.add(each.path)
+                raise
 
     def _copy(self, group: list[SegmentFile], target: Path, rows: int) -> None:
         """Write the rows of a group to `target`. Notes a damaged segment in `_damaged` and raises `StoreError`."""

@@ -24,7 +24,7 @@ import pyarrow as pa
 from pyarrow import compute
 
 from contracts.arrays import Ints
-from contracts.clock import ClockPair
+from contracts.clock import ClockPair, KernelClock
 from contracts.cpu_figures import CpuGrowth, SoftirqFigures, StageCount
 from contracts.cpus import Measure
 from contracts.errors import StoreError, nearest
@@ -95,6 +95,12 @@ _SEEN_SQL: Final = """
 
 _COUNTED: Final = "NOT coalesce(waited, false)"
 """Condition on rows of `delays` that count in figures; the column is null in files written before it existed."""
+_CLOCK: Final = (
+    *("r.monotonic_ns", "epoch_ns(r.time)", "r.uncertainty_ns"),
+    *("coalesce(r.clock_state, '')", "coalesce(r.max_error_ns, 0)", "coalesce(r.est_error_ns, 0)"),
+)
+"""Expressions over `runs`, named r, from which `_pair` makes a clock pair."""
+_NO_CLOCK: Final = ClockPair(0, 0, 0)
 _PLACE: Final = "host, rank, container, netns, device, device_id, kind, role"
 
 
@@ -139,6 +145,8 @@ class Run:
     """Whether the run has ended properly; otherwise it is running or was killed."""
     hooks: tuple[str, ...] = ()
     """The hooks that its source recorded, as in `StreamHeader`."""
+    clock: ClockPair = _NO_CLOCK
+    """The clock pair that gives its rows their UTC."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +319,12 @@ GROUPED_BY: Final = (
 """Columns by which `StoreReader.grouped` groups rows."""
 
 
+def _pair(values: Sequence[Any]) -> ClockPair:
+    monotonic_ns, utc_ns, uncertainty_ns, state, max_error_ns, est_error_ns = values
+    kernel = KernelClock(state, int(max_error_ns), int(est_error_ns)) if state else None
+    return ClockPair(int(monotonic_ns), int(utc_ns), int(uncertainty_ns), kernel)
+
+
 def _written_by_mace(method: Callable[_P, _T]) -> Callable[_P, _T]:
     """A reader's method that raises `StoreError` for rows that MACE does not write: nulls, names it does not know."""
 
@@ -465,7 +479,7 @@ class StoreReader:
                 SELECT *, epoch_ns(time) AS upto FROM {{ledger}}
                 QUALIFY row_number() OVER (PARTITION BY host, run ORDER BY flush DESC) = 1
             )
-            SELECT r.host, r.run, r.source, epoch_ns(r.time), r.kernel, r.hooks,
+            SELECT r.host, r.run, r.source, {", ".join(_CLOCK)}, r.kernel, r.hooks,
                    coalesce(l.upto, epoch_ns(r.time)),
                    l.packets, l.rows_stored, l.rows_not_stored, l.closed, {graded}, {names}
             FROM {{runs}} r LEFT JOIN l USING (host, run)
@@ -476,7 +490,10 @@ class StoreReader:
             {"run": where.run, "host": where.host},
         )
         found = []
-        for host, run, source, start, kernel, hooks, upto, packets, stored, not_stored, closed, *counts in rows:
+        for host, run, source, *others in rows:
+            clock = _pair(others[: len(_CLOCK)])
+            kernel, hooks, upto, packets, stored, not_stored, closed, *counts = others[len(_CLOCK) :]
+            start = clock.utc_ns
             if where.until_ns is not None and start >= where.until_ns:
                 continue
             if where.since_ns is not None and upto < where.since_ns:
@@ -497,6 +514,7 @@ class StoreReader:
                     not_stored or 0,
                     bool(closed),
                     tuple(hooks or ()),
+                    clock,
                 )
             )
         return found
@@ -1248,10 +1266,9 @@ class StoreReader:
     def header(self, host: str, run: str) -> StreamHeader:
         """Return the header of a run's stream. Raises `StoreError` for an unknown run."""
         rows = self._fetch(
-            """
-            SELECT source, kernel, boot_id, cpus, monotonic_ns, epoch_ns(time), uncertainty_ns, hooks, mace_version,
-                   command
-            FROM {runs} WHERE host = $host AND run = $run
+            f"""
+            SELECT r.source, r.kernel, r.boot_id, r.cpus, {", ".join(_CLOCK)}, r.hooks, r.mace_version, r.command
+            FROM {{runs}} r WHERE r.host = $host AND r.run = $run
             """,
             Filter(),
             {"host": host, "run": run},
@@ -1259,9 +1276,17 @@ class StoreReader:
         if not rows:
             raise StoreError(f"{self.path}: no run {run!r} of {host!r}")
         source, kernel, boot_id, cpus, *clock, hooks, version, command = rows[0]
-        pair = ClockPair(*map(int, clock))
         return StreamHeader(
-            source, host, run, kernel, boot_id, int(cpus), pair, tuple(hooks or ()), version, tuple(command or ())
+            source,
+            host,
+            run,
+            kernel,
+            boot_id,
+            int(cpus),
+            _pair(clock),
+            tuple(hooks or ()),
+            version,
+            tuple(command or ()),
         )
 
     def delays(self, where: Filter = Filter(), columns: Sequence[str] = ()) -> pa.Table:
@@ -1386,8 +1411,6 @@ def relation(connection: duckdb.DuckDBPyConnection, table: str, found: Sequence[
     if not found:
         return _nothing(connection, table)
     stored = _read(found)
-    if table not in segments.PARTITIONED:
-        return stored
     # Files of older versions lack newer columns.
     return f"(FROM {stored} UNION ALL BY NAME FROM {_nothing(connection, table)})"
 

@@ -98,6 +98,22 @@ def segment(root: Path, table: str, hour: int, first: int, last: int, rows: int)
     return SegmentFile(table, hour, first, last, rows, path)
 
 
+def named(path: Path) -> SegmentFile | None:
+    """Return the segment that a path relative to a store describes; None if it is no segment's."""
+    table, *within, name = path.parts or ("",)
+    matched = _NAME.fullmatch(name) if within or table in TABLES else None
+    if matched is None or table not in TABLES:
+        return None
+    hour = NO_HOUR
+    if within:
+        try:
+            start = datetime.strptime("/".join(within), "day=%Y-%m-%d/hour=%H").replace(tzinfo=UTC)
+        except ValueError:
+            return None
+        hour = (start - _EPOCH) // timedelta(hours=1)
+    return SegmentFile(table, hour, int(matched[1]), int(matched[2]), int(matched[3]), path)
+
+
 def _names(directory: Path) -> list[str]:
     """Return all names in a directory at one moment; none if there is no directory.
 
@@ -289,9 +305,14 @@ def _weight(segment: SegmentFile) -> int:
 
 
 def replace_covered(
-    merged: SegmentFile, covered: Sequence[SegmentFile], write: Callable[[Path], object], *, fsync: bool
+    merged: SegmentFile,
+    covered: Sequence[SegmentFile],
+    write: Callable[[Path], object],
+    *,
+    fsync: bool,
+    written: Callable[[], object] = lambda: None,
 ) -> None:
-    """Replace the covered segments by `merged`, which `write` writes.
+    """Replace the covered segments by `merged`, which `write` writes; `written` is called before they are removed.
 
     The merged segment gets the newest modification time of the covered ones, which retention uses.
     """
@@ -302,6 +323,7 @@ def replace_covered(
         os.utime(temporary, ns=(written_ns, written_ns))
 
     write_whole(merged.path, make, fsync=fsync)
+    written()
     for each in covered:
         each.path.unlink(missing_ok=True)
 
@@ -318,13 +340,21 @@ class Removed:
         return Removed(self.segments + other.segments, self.rows + other.rows, self.bytes + other.bytes)
 
 
-def retain(root: Path, now_s: float, max_age_s: float | None, max_bytes: int | None) -> Removed:
+def retain(
+    root: Path,
+    now_s: float,
+    max_age_s: float | None,
+    max_bytes: int | None,
+    *,
+    before: Callable[[Sequence[SegmentFile], str], object] | None = None,
+) -> Removed:
     """Remove whole hours that were written more than `max_age_s` ago or exceed `max_bytes`, oldest first.
 
     Age counts from the writing, not from the packets' time, because a replay of last year's capture must not be deleted
     at once. The hour of `now_s` always stays, or if there is none the newest before it. To meet `max_bytes`, hours in
     the future of this machine's clock are removed first, the furthest first: rows of a host whose clock is wrong must
-    not outlive those of the others. `runs` stays, with one row per run.
+    not outlive those of the others. `runs` stays, with one row per run. `before` is called with the segments of an hour
+    and the reason, `age` or `size`, before they are removed.
     """
     hours: dict[int, list[tuple[SegmentFile, int]]] = {}
     newest_s: dict[int, float] = {}
@@ -354,6 +384,8 @@ def retain(root: Path, now_s: float, max_age_s: float | None, max_bytes: int | N
         if not (old or large):
             continue
         here = Removed(len(hours[hour]), sum(s.rows for s, _ in hours[hour]), sum(size for _, size in hours[hour]))
+        if before is not None:
+            before([each for each, _ in hours[hour]], "age" if old else "size")
         for each, _ in hours[hour]:
             each.path.unlink(missing_ok=True)
         for table in PARTITIONED:

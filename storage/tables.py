@@ -180,6 +180,13 @@ RUNS: Final = (
     Column("hooks", pa.list_(pa.string()), "Tracepoints that were enabled."),
     Column("mace_version", pa.string(), "Version of MACE that captured."),
     Column("command", pa.list_(pa.string()), "Command line of the capture."),
+    Column(
+        "clock_state",
+        pa.string(),
+        "The kernel's state of UTC when the run began: `synchronised`, `unsynchronised`; empty if not recorded.",
+    ),
+    Column("max_error_ns", pa.int64(), "Largest error of UTC itself by the kernel (adjtimex), with that state."),
+    Column("est_error_ns", pa.int64(), "Error of UTC itself that the kernel was told to expect, with that state."),
 )
 COST: Final = (
     Column("time", _TIME, "Time up to which the row counts the run's calls."),
@@ -656,7 +663,8 @@ def _nothing(type_: pa.DataType, rows: int) -> pa.Array:
     """Return a column of default values: 0, false, an empty name or list."""
     if pa.types.is_dictionary(type_):
         return _constant("", rows)
-    return pa.array([[] if pa.types.is_list(type_) else 0] * rows, type_)
+    nothing: Any = [] if pa.types.is_list(type_) else "" if pa.types.is_string(type_) else 0
+    return pa.array([nothing] * rows, type_)
 
 
 def cost_table(header: StreamHeader, time_ns: int, cost: Sequence[HookCost]) -> pa.Table:
@@ -675,6 +683,7 @@ def cost_table(header: StreamHeader, time_ns: int, cost: Sequence[HookCost]) -> 
 
 def runs_table(header: StreamHeader) -> pa.Table:
     """Return the row of `runs` (columns `RUNS`) for a run."""
+    kernel = header.clock.kernel
     return pa.Table.from_arrays(
         [
             pa.array([header.clock.utc_ns], pa.int64()).cast(_TIME),
@@ -687,6 +696,9 @@ def runs_table(header: StreamHeader) -> pa.Table:
             pa.array([list(header.hooks)], pa.list_(pa.string())),
             pa.array([header.mace_version]),
             pa.array([list(header.command)], pa.list_(pa.string())),
+            pa.array([kernel.state if kernel else ""]),
+            pa.array([kernel.max_error_ns if kernel else 0], pa.int64()),
+            pa.array([kernel.est_error_ns if kernel else 0], pa.int64()),
         ],
         schema=SCHEMAS["runs"],
     )

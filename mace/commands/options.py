@@ -5,6 +5,7 @@ An option's name means the same in every command:
     --container, --netns, --pid     the container, its network namespace by name or path, a process in it
     --device, --protocol, --sample  the packets to record
     --lab                           the test network to measure, instead of the machine
+    --seal                          the private key that seals what is written
     --store                         the directory of the store, to read or to write
     -o, --output · --record         the file to write · a capture file to write as well
     --format, --json                how results are printed; --json is short for --format json
@@ -20,7 +21,7 @@ from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar, get_type_hints
 
-from mace.commands.choices import FAR_ENDS, FILE_FORMATS, RUNTIMES, SOURCES
+from mace.commands.choices import FAR_ENDS, FILE_FORMATS, FLOW_KEYS, RUNTIMES, SOURCES
 
 T = TypeVar("T")
 
@@ -218,6 +219,16 @@ def with_record(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--record", type=Path, metavar="FILE", help="also write the raw stream to a capture file")
 
 
+def with_seal(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add `seal`, the key that signs statements of what is written."""
+    parser.add_argument(
+        "--seal",
+        type=Path,
+        metavar="KEY",
+        help=f"seal {what} with this Ed25519 private key (PEM), for `mace verify-seal`",
+    )
+
+
 def with_output(parser: argparse.ArgumentParser) -> None:
     """Add `output`, the file that the command writes, and `force`, which permits overwriting it."""
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write")
@@ -395,6 +406,46 @@ def with_broker(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cert-file", type=Path, metavar="FILE", help="client certificate (PEM)")
     parser.add_argument("--key-file", type=Path, metavar="FILE", help="private key of the client certificate (PEM)")
+
+
+@dataclass(frozen=True, slots=True)
+class PacketOptions:
+    """Options that choose the packets of recordings to export."""
+
+    packet: tuple[int, ...] | None
+    worst: int | None
+    flow: str | None
+    between: str | None
+
+
+def with_packets(parser: argparse.ArgumentParser) -> None:
+    """Add the fields of `PacketOptions`."""
+    parser.add_argument(
+        "--packet",
+        action="append",
+        type=_packet_id,
+        metavar="ID",
+        help="export this packet and its reply; may be repeated",
+    )
+    parser.add_argument(
+        "--worst", type=int, metavar="N", help="export the N packets with the largest overhead, and their replies"
+    )
+    parser.add_argument(
+        "--flow", metavar="KEY=VALUE,...", help=f"export packets that match all pairs; keys: {', '.join(FLOW_KEYS)}"
+    )
+    parser.add_argument(
+        "--between",
+        metavar="START,END",
+        help="export packets that begin in this time: 2025-06-15T15:04:05.25 (UTC), or +1.5s after the first record",
+    )
+
+
+def _packet_id(text: str) -> int:
+    """Parse a packet's number: decimal as `mace report` prints it, or hexadecimal as in an export."""
+    value = int(text, 0)
+    if not 0 < value < 1 << 64:
+        raise argparse.ArgumentTypeError(f"{text}: expected a packet's number, as `mace report` prints it")
+    return value
 
 
 @dataclass(frozen=True, slots=True)

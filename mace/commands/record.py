@@ -18,6 +18,7 @@ from mace.commands.options import (
     with_format,
     with_lab,
     with_output,
+    with_seal,
 )
 
 
@@ -27,6 +28,7 @@ class Options:
 
     output: Path
     force: bool
+    seal: Path | None
     lab: str | None
     duration: float | None
     capture: CaptureOptions
@@ -38,6 +40,7 @@ class Options:
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of `mace record` to the parser."""
     with_output(parser)
+    with_seal(parser, "the recording")
     with_lab(parser)
     with_duration(parser)
     with_capture(parser)
@@ -51,15 +54,18 @@ def run(options: Options, console: Console) -> int:
     from mace.commands import settings
     from storage.capture import CaptureSink
 
-    sink = CaptureSink(options.output, overwrite=options.force)
+    sink = CaptureSink(options.output, overwrite=options.force, seal=settings.seal_key(options.seal))
     place = settings.lab_of(options.lab)
     configured = settings.configured(options.config, capture=options.capture, chosen=options.filter, place=place)
     session = settings.session(configured, options.format, console)
     lost = session.record(settings.lasting(options.duration), sink)
     if options.format == JSON:
-        console.json({"file": str(options.output), "records": sink.records, "lost": lost, "bytes": sink.bytes_written})
+        told = {"file": str(options.output), "records": sink.records, "lost": lost, "bytes": sink.bytes_written}
+        console.json(told | ({"seal_head": sink.seal_head} if options.seal else {}))
     else:
         console.line(
             f"{options.output}: {sink.records:,} records, {lost:,} lost in the ring, {sink.bytes_written:,} bytes"
         )
+        if options.seal:
+            console.line(f"sealed; the last statement is {sink.seal_head}")
     return 0

@@ -1,7 +1,8 @@
 """Every command by name, in the order in which `mace --help` lists them.
 
-The command `lab up` is the file `lab/up.py` in this folder. A command's file is imported only to run the command, to
-complete its line or to print its help. The meanings are in this file, so that the list of commands imports none.
+The command `lab up` is the file `lab/up.py` in this folder, `verify-seal` is `verify_seal.py`. A command's file is
+imported only to run the command, to complete its line or to print its help. The meanings are in this file, so that the
+list of commands imports none.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ COMMANDS: Final = (
     Command("serve", "show a store or a recording in the browser, also beside a live run"),
     Command("query", "run SQL over a store"),
     Command("store check", "compare every segment of a store with its checksum, and read all rows"),
+    Command("verify-seal", "compare a sealed recording or store with its seal, and name every difference"),
     Command("export perfetto", "write recordings as a Perfetto trace, a timeline of packets"),
+    Command("export otlp", "write recordings as OpenTelemetry traces, a trace for each packet"),
     Command("verify", "send numbered packets in scenarios and count how often the matching is right (root)"),
     Command("hooks", "where packets are observed"),
 )
@@ -85,4 +88,4 @@ def meaning(name: str) -> str:
 
 def module(name: str) -> str:
     """Return the import name of a command's file."""
-    return f"mace.commands.{name.replace(' ', '.')}"
+    return f"mace.commands.{name.replace(' ', '.').replace('-', '_')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -104,7 +105,8 @@ def run(options: Options, console: Console) -> int:
     with settings.store_to_read(
         options.recordings, options.store, configured, quiet=quiet, stages=options.cpus
     ) as path:
-        _report(StoreReader(path, skip_damaged=options.skip_damaged), options, console)
+        sealed = options.recordings.files or (path,)
+        _report(StoreReader(path, skip_damaged=options.skip_damaged), sealed, options, console)
     return 0
 
 
@@ -129,8 +131,10 @@ def _check(options: Options) -> None:
             raise UsageError(f"--cpus and {name} do not go together: leave out one of them")
 
 
-def _report(store: StoreReader, options: Options, console: Console) -> None:
+def _report(store: StoreReader, sealed: Sequence[Path | str], options: Options, console: Console) -> None:
+    """Print the report; `sealed` are the store, or the recordings, that may have a seal."""
     from mace.shown import report
+    from mace.shown.evidence import evidence
 
     where = _filter(options)
     if options.cpus:
@@ -150,6 +154,7 @@ def _report(store: StoreReader, options: Options, console: Console) -> None:
         as_json=options.format == JSON,
         png=options.png,
         html=options.html,
+        evidence=evidence([each for each in sealed if isinstance(each, Path)], store.runs(where)),
         console=console.out(),
     )
 

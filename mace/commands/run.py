@@ -30,6 +30,7 @@ from mace.commands.options import (
     with_prometheus,
     with_readers,
     with_record,
+    with_seal,
     with_sinks,
     with_store,
 )
@@ -59,6 +60,7 @@ class Options:
     capture: CaptureOptions
     filter: FilterOptions
     record: Path | None
+    seal: Path | None
     no_rows: bool
     cpus: bool
     softirqs: bool
@@ -102,6 +104,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     with_capture(parser)
     with_filter(parser)
     with_record(parser)
+    with_seal(parser, "the store, and the capture file of --record,")
     with_no_rows(parser)
     with_cpus(parser)
     parser.add_argument(
@@ -120,8 +123,11 @@ def run(options: Options, console: Console) -> int:
 
     if options.no_store and (options.cpus or options.softirqs):
         raise UsageError("--cpus and --softirqs write to the store: leave out --no-store")
+    if options.seal and options.no_store and not options.record:
+        raise UsageError("--seal seals the store and the capture file of --record: leave out --no-store, or --seal")
     configured = _configured(options)
-    tee = settings.tee(options.record)
+    seal = settings.seal_key(options.seal)
+    tee = settings.tee(options.record, seal)
     publisher = None
     if options.publish is not None and options.publish_as == "records":
         publisher = publish.publisher(configured)
@@ -132,6 +138,7 @@ def run(options: Options, console: Console) -> int:
             store=None if options.no_store else Path(configured.store.path),
             tee=publish.both(tee, publisher),
             publishing=publisher.state if publisher is not None else None,
+            seal=seal,
         )
     settings.show(summary, options.format, console)
     if publisher is not None:

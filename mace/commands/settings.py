@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collector.files import FileOptions, LocalRecording
     from contracts.figures import Summary
     from mace.replaying.part import RecordedFile
+    from storage.sealing.keys import SealKey
 
 
 def configured(
@@ -225,9 +226,18 @@ def _file_options(options: RecordingOptions) -> FileOptions:
     )
 
 
-def tee(path: Path | None) -> CaptureSink | None:
-    """Return the sink for the capture file of `--record`; None without that option."""
-    return CaptureSink(path) if path else None
+def tee(path: Path | None, seal: SealKey | None = None) -> CaptureSink | None:
+    """Return the sink for the capture file of `--record`, which `seal` seals; None without that option."""
+    return CaptureSink(path, seal=seal) if path else None
+
+
+def seal_key(path: Path | None) -> SealKey | None:
+    """Return the key of `--seal`; None without that option. Raises `SealError`, and `MissingExtra`."""
+    if path is None:
+        return None
+    from storage.sealing import keys
+
+    return keys.seal_key(path)
 
 
 def lasting(duration_s: float | None) -> Until:

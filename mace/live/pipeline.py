@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from contracts.channel import Channel, ClosedError
 from contracts.config import StoreConfig
@@ -31,6 +32,9 @@ from correlator.engine import Engine, EngineConfig
 from correlator.feeder import Feeder
 from correlator.stage import correlate
 from storage.embedded import EmbeddedStore
+
+if TYPE_CHECKING:  # sealing needs an extra
+    from storage.sealing.keys import SealKey
 
 _CHANNEL_ITEMS = 4
 """Capacity of a channel. A source yields an item every 50 to 250 ms, so four items are at most a second."""
@@ -230,11 +234,11 @@ async def stopped_by_signals(stop: Stop) -> AsyncIterator[None]:
 
 
 def embedded_store(
-    config: StoreConfig, path: Path, *, rows: bool, cpus: Callable[[], CpuReadings] | None
+    config: StoreConfig, path: Path, *, rows: bool, cpus: Callable[[], CpuReadings] | None, seal: SealKey | None = None
 ) -> EmbeddedStore:
     """Return the embedded store at `path`, with the configured flush interval, synchronisation and retention.
 
-    `cpus` reads this machine's CPUs, whose readings are stored, too.
+    `cpus` reads this machine's CPUs, whose readings are stored, too. `seal` seals the store.
     """
     return EmbeddedStore(
         path,
@@ -244,4 +248,5 @@ def embedded_store(
         max_age_s=config.max_age_s,
         max_bytes=config.max_bytes,
         cpus=cpus,
+        seal=seal,
     )

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from collector.files import LocalRecording
 from collector.live.filter import unfiltered
@@ -34,6 +35,9 @@ from mace.live.pipeline import Stop
 from storage import SINKS, wanted_sinks
 from storage.shared import Alone
 
+if TYPE_CHECKING:  # sealing needs an extra
+    from storage.sealing.keys import SealKey
+
 Until = Callable[[], Awaitable[object]]
 """Returns an awaitable whose end ends the run; it is called when the source is open."""
 OnOpen = Callable[[StreamHeader, str], None]
@@ -52,13 +56,15 @@ async def measure(
     store: Path | None = None,
     tee: StreamSink | None = None,
     publishing: Callable[[], Publishing] | None = None,
+    seal: SealKey | None = None,
     on_open: OnOpen = _ignore,
     on_results: Callable[[Results, Summary], None] = _ignore,
 ) -> Summary:
     """Measure live until `until` ends: run the correlator and write to the store and the configured sinks.
 
     `tee` also gets the raw stream; `publishing` returns its state if it publishes to a broker. `on_results` is called
-    with each result and with the figures so far, the same `Summary` that is returned at the end.
+    with each result and with the figures so far, the same `Summary` that is returned at the end. `seal` seals
+    the store.
     """
     source = live_source(config, raw=tee is not None)
     summary, vitals, opened = Summary(), Vitals(publishing=publishing), asyncio.Event()
@@ -75,7 +81,7 @@ async def measure(
     async with cpu_readings(config.correlate) as cpus, _lasting(until, opened, stop):
         await pipeline.run(
             source,
-            _sinks(config, store, vitals, cpus),
+            _sinks(config, store, vitals, cpus, seal),
             engine=configured.live(config.correlate),
             stop=stop,
             tee=tee,
@@ -249,15 +255,19 @@ def _unfiltered(config: Config) -> Config:
 
 
 def _sinks(
-    config: Config, store: Path | None, vitals: Vitals, cpus: Callable[[], CpuReadings] | None = None
+    config: Config,
+    store: Path | None,
+    vitals: Vitals,
+    cpus: Callable[[], CpuReadings] | None = None,
+    seal: SealKey | None = None,
 ) -> list[Sink]:
     """Return the embedded store, if `store` is given, and the configured sinks.
 
-    `cpus` reads this machine's CPUs, whose readings are stored, too.
+    `cpus` reads this machine's CPUs, whose readings are stored, too. `seal` seals the embedded store.
     """
     embedded: list[Sink] = []
     if store:
-        embedded = [pipeline.embedded_store(config.store, store, rows=config.correlate.rows, cpus=cpus)]
+        embedded = [pipeline.embedded_store(config.store, store, rows=config.correlate.rows, cpus=cpus, seal=seal)]
     return [*embedded, *wanted_sinks(config, vitals)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import TypeVar, Unpack
+from typing import TYPE_CHECKING, TypeVar, Unpack
 
 from rich.console import Console
 from rich.live import Live
@@ -33,6 +33,9 @@ from mace.replaying.part import RecordedFile
 from mace.shown import tables
 from mace.shown.terminal import styled, warn
 from storage.capture import CaptureSink
+
+if TYPE_CHECKING:  # sealing needs an extra
+    from storage.sealing.keys import SealKey
 
 T = TypeVar("T")
 
@@ -84,6 +87,7 @@ class Session:
         store: Path | None,
         tee: StreamSink | None,
         publishing: Callable[[], Publishing] | None = None,
+        seal: SealKey | None = None,
     ) -> Summary:
         """Measure until `until` ends, with a table on the terminal (`runs.measure`); returns the figures."""
 
@@ -106,6 +110,7 @@ class Session:
                     store=store,
                     tee=tee,
                     publishing=publishing,
+                    seal=seal,
                     on_open=begin,
                     on_results=show,
                 )

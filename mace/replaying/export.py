@@ -1,6 +1,6 @@
-"""Exports recordings as a Perfetto trace, a timeline of packets.
+"""Exports recordings as a Perfetto trace, a timeline of packets, or as traces of OpenTelemetry.
 
-    recording ──► engine ──► settled packets ──► selection ──► trace
+    recording ──► engine ──► settled packets ──► selection ──► file
         └── records ──────────────┘
 
 An export of the worst packets, or of packets by number, reads the recordings twice: first to find these packets and
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ from correlator.replies import ToldBy
 from mace.live import pipeline
 from mace.shown.instants import instant_ns
 from mace.shown.timeline import PacketFollower, Settled
+from storage.otlp import PacketFacts, SpanFile
 from storage.perfetto.file import PerfettoTrace
 from storage.perfetto.sink import TOLD_BY, HopFacts, HostTracks
 
@@ -81,6 +82,24 @@ class Exported:
             "ledger": self.summary.ledger.as_dict(),
             "warnings": self.warnings,
         }
+
+
+class ExportedSpans(Exported):
+    """Counts of an export as traces of OpenTelemetry: a packet is a trace, `slices` are spans."""
+
+    def line(self, path: Path) -> str:
+        """Return the counts as one line for people."""
+        replies = sum(self.replies.values())
+        return (
+            f"{path}: {self.packets:,} traces, one a packet, with {self.slices:,} spans, {replies:,} linked to a"
+            f" request, {self.bytes_written:,} bytes"
+        )
+
+    def as_dict(self, path: Path) -> dict[str, Any]:
+        """Return the counts for JSON: file, traces, spans, replies by evidence, bytes, ledger, warnings."""
+        found = super().as_dict(path)
+        del found["records"]
+        return {"file": found.pop("file"), "traces": found.pop("packets"), "spans": found.pop("slices"), **found}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +157,12 @@ class Wanted:
         return mask
 
 
+def check_worst(worst: int | None) -> None:
+    """Raise `UsageError` for a number of packets that cannot be chosen."""
+    if worst is not None and not 1 <= worst <= MOST_CHOSEN:
+        raise UsageError(f"--worst {worst}: expected 1 to {MOST_CHOSEN}")
+
+
 def export(
     recordings: Sequence[LocalRecording],
     path: Path,
@@ -159,23 +184,73 @@ def export(
     found = Exported()
     trace = PerfettoTrace(path, overwrite=overwrite)
     try:
-        chosen: npt.NDArray[np.uint64] | None = None
-        twice = bool(packets or worst)
-        progress = _ReadSoFar(told, sum(each.bytes_total for each in recordings) * (1 + twice))
-        if twice:
-            choice = _Choice(wanted, set(packets or ()), worst or 0)
-            for recording in recordings:
-                _follow(recording, engine, progress, PacketFollower, choice.look)
-            chosen = choice.chosen()
-        for recording in recordings:
-            writer = _Writer(trace, wanted, chosen, found, records=records)
-            found.warnings += _follow(recording, engine, progress, writer.begin, writer.write, writer.add)
-            writer.finish()
+        _write(
+            recordings,
+            engine,
+            _Choice(wanted, set(packets or ()), worst or 0),
+            lambda chosen: _Writer(trace, wanted, chosen, found, records=records),
+            found,
+            told,
+        )
         trace.close()
     finally:
         trace.abort()
     found.slices, found.instants, found.bytes_written = trace.slices, trace.instants, trace.bytes_written
     return found
+
+
+def export_spans(
+    recordings: Sequence[LocalRecording],
+    path: Path,
+    engine: EngineConfig,
+    wanted: Wanted,
+    *,
+    packets: Sequence[int] | None = None,
+    worst: int | None = None,
+    overwrite: bool = False,
+    told: Callable[[int, int], None] = lambda *_: None,
+) -> ExportedSpans:
+    """Write the packets that `wanted` admits as traces of OpenTelemetry (`storage.otlp`); returns the counts.
+
+    Parameters and errors are those of `export`.
+    """
+    found = ExportedSpans()
+    file = SpanFile(path, overwrite=overwrite)
+    try:
+        _write(
+            recordings,
+            engine,
+            _Choice(wanted, set(packets or ()), worst or 0),
+            lambda chosen: _SpanWriter(file, wanted, chosen, found),
+            found,
+            told,
+        )
+        file.close()
+    finally:
+        file.abort()
+    found.slices, found.bytes_written = file.spans, file.bytes_written
+    return found
+
+
+def _write(
+    recordings: Sequence[LocalRecording],
+    engine: EngineConfig,
+    choice: _Choice,
+    writer_of: Callable[[npt.NDArray[np.uint64] | None], _RecordingWriter],
+    found: Exported,
+    told: Callable[[int, int], None],
+) -> None:
+    """Read the recordings, twice if packets are to be chosen first, and give the packets to a writer for each."""
+    chosen: npt.NDArray[np.uint64] | None = None
+    progress = _ReadSoFar(told, sum(each.bytes_total for each in recordings) * (1 + choice.needed))
+    if choice.needed:
+        for recording in recordings:
+            _follow(recording, engine, progress, PacketFollower, choice.look)
+        chosen = choice.chosen()
+    for recording in recordings:
+        writer = writer_of(chosen)
+        found.warnings += _follow(recording, engine, progress, writer.begin, writer.write, writer.add)
+        writer.finish()
 
 
 @dataclass(slots=True)
@@ -276,6 +351,11 @@ class _Choice:
         self._other: dict[int, int] = {}
         """For each of the largest, the packet that it replies to or that replies to it; 0 if none is known."""
 
+    @property
+    def needed(self) -> bool:
+        """Whether packets are chosen at all."""
+        return bool(self._asked or self._worst)
+
     def look(self, settled: Settled) -> None:
         """Note the requested and the largest of the settled packets, and their replies."""
         packets = settled.packets
@@ -313,6 +393,56 @@ class _Choice:
         return np.array(sorted((self._found | {*self._other, *self._other.values()}) - {0}), np.uint64)
 
 
+class _RecordingWriter(Protocol):
+    """The second or only pass over one recording."""
+
+    def begin(self, header: StreamHeader) -> PacketFollower: ...
+
+    def write(self, settled: Settled) -> None: ...
+
+    def add(self, results: Results) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def _admitted(settled: Settled, wanted: Wanted, chosen: npt.NDArray[np.uint64] | None, found: Exported) -> Mask:
+    """Return a mask of the settled packets to write, and count these."""
+    packets = settled.packets
+    mask = wanted.packets(settled) if chosen is None else np.isin(packets.seen.packet, chosen)
+    found.packets += int(mask.sum())
+    for number, count in enumerate(np.bincount(packets.told_by[mask], minlength=len(TOLD_BY)).tolist()):
+        if number:
+            found.replies[TOLD_BY[number]] += count
+    return mask
+
+
+class _SpanWriter:
+    """Writes settled packets as traces of OpenTelemetry."""
+
+    def __init__(self, file: SpanFile, wanted: Wanted, chosen: npt.NDArray[np.uint64] | None, found: Exported) -> None:
+        self._file, self._wanted, self._chosen, self._found = file, wanted, chosen, found
+        self._summary = Summary()
+
+    def begin(self, header: StreamHeader) -> PacketFollower:
+        self._file.host(header)
+        self._summary.observed(header.hooks)
+        return PacketFollower(header, records=False)
+
+    def write(self, settled: Settled) -> None:
+        packets = settled.packets
+        shown = _admitted(settled, self._wanted, self._chosen, self._found)[settled.of_packet]
+        told_by = [TOLD_BY[number] for number in packets.told_by.tolist()]
+        facts = PacketFacts(packets.request, told_by)
+        self._file.packets(settled.rows[shown], settled.of_packet[shown], settled.devices, facts)
+
+    def add(self, results: Results) -> None:
+        self._summary.add(results)
+
+    def finish(self) -> None:
+        """Add the figures, because the recording has ended."""
+        self._found.summary.merge(self._summary)
+
+
 class _Writer:
     """The second or only pass: writes settled packets to the tracks of their host."""
 
@@ -339,13 +469,7 @@ class _Writer:
     def write(self, settled: Settled) -> None:
         packets, rows = settled.packets, settled.rows
         self.tracks.devices(settled.devices)
-        chosen = self._chosen
-        mask = self._wanted.packets(settled) if chosen is None else np.isin(packets.seen.packet, chosen)
-        self._found.packets += int(mask.sum())
-        for number, count in enumerate(np.bincount(packets.told_by[mask], minlength=len(TOLD_BY)).tolist()):
-            if number:
-                self._found.replies[TOLD_BY[number]] += count
-        shown = mask[settled.of_packet]
+        shown = _admitted(settled, self._wanted, self._chosen, self._found)[settled.of_packet]
         at = settled.of_packet[shown]
         request = packets.request[at]
         flow = np.where(request > 0, request, packets.seen.packet[at])

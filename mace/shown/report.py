@@ -19,8 +19,9 @@ from contracts.errors import UsageError, nearest
 from contracts.figures import COUNTS_AS, Summary
 from contracts.schema import Direction, Segment
 from mace.shown import tables
+from mace.shown.evidence import NO_EVIDENCE, Evidence
 from mace.shown.lines import json_line
-from mace.shown.terminal import PlainConsole, PlainTable
+from mace.shown.terminal import PlainConsole, PlainTable, styled
 from mace.shown.views import path_dict
 from storage.query import Filter, From, PacketPath, Run, StoreReader, TypicalPath
 
@@ -39,13 +40,15 @@ def report(
     as_json: bool = False,
     png: Path | None = None,
     html: Path | None = None,
+    evidence: Evidence = NO_EVIDENCE,
     console: Console,
 ) -> None:
     """Print the figures of the rows that the filter admits, and the ledger; with `packet` or `worst`, paths of packets.
 
     JSON is the object of `Summary.as_dict`; with `packet` or `worst` it has a list `packet_paths` of objects with host,
     run, packet, utc_ns, container, l3_len, grade, outcome, overhead_ns by direction, and hops, each with device, netns,
-    container, kind, direction, segment, position, start_ns, delay_ns. Raises `UsageError` for unknown names.
+    container, kind, direction, segment, position, start_ns, delay_ns. `evidence` adds fields
+    and lines. Raises `UsageError` for unknown names.
     """
     summary = store.summary(where, source)
     if not summary.rows():
@@ -70,17 +73,24 @@ def report(
         found = summary.as_dict()
         if asked:
             found["packet_paths"] = [path_dict(p) for p in paths]
-        json_line(found)
+        json_line(found | dict(evidence.fields))
         return
     if asked:
         console.print(*tables.losses_panel(summary))
         for path in paths:
             console.print(packet_table(path), "")
         console.print(tables.ledger_line(summary))
+        _print_lines(evidence.lines, console)
         return
     console.print(*tables.losses_panel(summary), tables.overhead_table(summary), "", tables.device_table(summary), "")
     _print_typical(typical, console)
     console.print(tables.ledger_line(summary))
+    _print_lines(evidence.lines, console)
+
+
+def _print_lines(lines: Sequence[str], console: Console) -> None:
+    for line in lines:
+        console.print(styled(line, ""), soft_wrap=True)
 
 
 def _as_text(summary: Summary) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import zlib
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
-from contracts.errors import StoreError
 from contracts.interfaces import StreamHeader
-from storage.ownership import open_new
+from storage.new_file import NewFile
 from storage.perfetto.events import (
     ANNOTATIONS,
     NEEDS_STATE,
@@ -64,23 +63,15 @@ class PerfettoTrace:
     """
 
     def __init__(self, path: Path | str, *, overwrite: bool = False) -> None:
-        self.path: Final = Path(path)
         self.slices = 0
         """Number of hops and whole paths written."""
         self.instants = 0
         """Number of records written."""
-        self.bytes_written = 0
         self._names = _Interned()
         self._waiting: list[bytes] = []
         self._waiting_bytes = 0
         self._hosts = 0
-        self._partial: Final = self.path.with_name(self.path.name + ".part")
-        if self.path.exists() and not overwrite:
-            raise StoreError(f"{self.path}: exists already; choose another name, or overwrite it with --force")
-        try:
-            self._file: BinaryIO = open_new(self._partial)
-        except OSError as error:
-            raise StoreError(f"{self._partial}: cannot be created: {error.strerror}") from error
+        self._file = NewFile(path, overwrite=overwrite)
         for name in ANNOTATIONS:
             self._names.number(_ANNOTATION_NAMES, name)
         self._put_packet(
@@ -88,6 +79,11 @@ class PerfettoTrace:
             + field(SEQUENCE_FLAGS, STATE_CLEARED)
             + field(_INTERNED_DATA, self._names.pending())
         )
+
+    @property
+    def bytes_written(self) -> int:
+        """Size of the file so far."""
+        return self._file.bytes_written
 
     def add_host(self, header: StreamHeader) -> int:
         """Add a host; returns its number, from 1."""
@@ -101,20 +97,13 @@ class PerfettoTrace:
 
     def close(self) -> None:
         """Write the waiting packets and give the file its name. May be called again."""
-        if self._file.closed:
-            return
-        try:
+        if not self._file.closed:
             self._flush()
-            self._file.close()
-            self._partial.replace(self.path)
-        except OSError as error:
-            raise StoreError(f"{self.path}: cannot be written: {error.strerror}") from error
+        self._file.close()
 
     def abort(self) -> None:
         """Remove the incomplete file. Does nothing after `close`."""
-        if not self._file.closed:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
+        self._file.abort()
 
     # For HostTracks ---------------------------------------------------------------------------------------
 
@@ -163,8 +152,4 @@ class PerfettoTrace:
         packed = zlib.compress(b"".join(self._waiting), _LEVEL)
         raw = field(TRACE_PACKET, field(_COMPRESSED_PACKETS, packed))
         self._waiting, self._waiting_bytes = [], 0
-        try:
-            self._file.write(raw)
-        except OSError as error:
-            raise StoreError(f"{self.path}: cannot be written: {error.strerror}") from error
-        self.bytes_written += len(raw)
+        self._file.write(raw)

@@ -23,6 +23,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "cli_start": (),
     "top_cost": (),
     "wire": (),
+    "seal_cost": (),
     "ftrace_decode": LAB,
     "ring_drain": (),
     "capture_to_windows": LAB,

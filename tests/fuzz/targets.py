@@ -6,7 +6,10 @@ figure that changed silently, too much time, memory or too many files (the limit
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import functools
+import hashlib
 import json
 import random
 import tempfile
@@ -22,14 +25,18 @@ from contracts.wire import FILE_HEAD
 from mace import api
 from mace.tools.output import READERS
 from mace.tools.output import read as read_tool_output
+from storage.capture import CaptureSink
 from storage.journal import Journal
 from storage.query import StoreReader
+from storage.sealing.check import check
+from storage.sealing.keys import SealKey
 from storage.spool import Frame, Spool
 from tests.fuzz.mutation import frames_of, mutated, resealed
 from tests.hostile import EVIL, FRAMES, HONEST, RECORDS, Driven, evil_header, of_stream
-from tests.made_capture import stream_tag
+from tests.made_capture import HEADER, TOPOLOGY, stream_tag
 from tests.made_results import make_delays, make_results, make_windows
 from tests.places import GOLDEN, ROOT
+from tests.sealing import new_key
 from tests.unit.storage.stored import fill
 
 
@@ -138,6 +145,61 @@ def _read_store(data: bytes, place: Path) -> None:
     for skip_damaged in (False, True):
         found = str(StoreReader(place, skip_damaged=skip_damaged).summary().as_dict())
         assert skip_damaged or found == right, "figures of a damaged store differ without a word"
+
+
+@functools.cache
+def _sealed() -> tuple[dict[str, bytes], dict[str, bytes], SealKey]:
+    """Return the files of a sealed recording and of a sealed store, and the key."""
+    with tempfile.TemporaryDirectory() as made:
+        place, key = Path(made), new_key(Path(made))
+
+        async def record() -> None:
+            sink = CaptureSink(place / "a" / "sealed.mace", seal=key)
+            await sink.open(HEADER)
+            await sink.write(TOPOLOGY)
+            await sink.aclose()
+
+        (place / "a").mkdir()
+        asyncio.run(record())
+        fill(place / "b", [make_results(make_delays(20))], seal=key)
+        recording, store = (
+            {
+                str(each.relative_to(place / name)): each.read_bytes()
+                for each in (place / name).rglob("*")
+                if each.is_file()
+            }
+            for name in ("a", "b")
+        )
+        return recording, store, key
+
+
+def _seal(drawn: random.Random) -> bytes:
+    """Return a damaged seal; mostly with statements that its own key has signed after the damage."""
+    recording, store, key = _sealed()
+    which = drawn.randrange(2)
+    whole = (recording["sealed.mace.seal"], store["seal"])[which]
+    if drawn.random() < 0.3:
+        return bytes([which]) + mutated(whole, drawn)
+    lines, head = [], ""
+    for number, line in enumerate(whole.splitlines()):
+        statement = json.loads(line.partition(b" ")[2]) | {"prev": head, "n": number}
+        told = json.dumps(statement).encode()
+        if number and drawn.random() < 0.3:
+            told = mutated(told, drawn).replace(b"\n", b" ")
+        lines.append(base64.b64encode(key.sign(told)) + b" " + told)
+        head = hashlib.sha256(lines[-1]).hexdigest()
+    return bytes([which]) + b"\n".join([*lines, b""])
+
+
+def _read_seal(data: bytes, place: Path) -> None:
+    recording, store, _ = _sealed()
+    files, name = (store, "seal") if data[:1] == b"\1" else (recording, "sealed.mace.seal")
+    for each, whole in files.items():
+        path = place / each
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data[1:] if each == name else whole)
+    found = check(place if name == "seal" else place / "sealed.mace")
+    json.dumps(found.as_dict()), found.line(), list(map(str, found.findings))
 
 
 @functools.cache
@@ -267,6 +329,7 @@ TARGETS: Final = {
     "text": FuzzTarget(_mutations("fuzz/text/*.bin", "other-tools/trace.txt"), _recording("f.txt")),
     "pcap": FuzzTarget(_mutations("fuzz/pcap/*.bin", "other-tools/inner.pcap", "captures/*.pcap*"), _pcap),
     "store": FuzzTarget(_segment, _read_store),
+    "seal": FuzzTarget(_seal, _read_seal),
     "ingest": FuzzTarget(lambda drawn: resealed(_evil_stream(), drawn), _read_messages),
     "spool": FuzzTarget(_spool, _read_spool),
     "journal": FuzzTarget(lambda drawn: mutated(_journalled(), drawn), _read_journal),

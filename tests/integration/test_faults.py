@@ -13,7 +13,12 @@ import pytest
 from collector.capture.source import Capture
 from contracts.records import Batch
 from mace.lab import Spec, list_labs, running
+from storage.sealing.check import check
+from storage.sealing.keys import public_key
+from storage.sealing.log import has_statement
+from storage.sealing.places import has_seal, seal_path
 from tests.measuring import MACE, ROOT, UNMOUNT_TRACEFS, balanced, mace, measured, wait_for
+from tests.sealing import write_key
 
 pytestmark = pytest.mark.needs("root", "tracefs", "netns")
 
@@ -121,12 +126,13 @@ def test_signals_end_a_run_in_order(tmp_path, number):
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_kill_loses_no_acknowledged_row_and_the_next_start_cleans_up(tmp_path):
-    dice = random.Random(7)
+    dice, key = random.Random(7), write_key(tmp_path / "key.pem")
     with running(Spec(name="axe")) as lab:
         traffic = lab.start_udp("c1", count=10_000_000, rate_pps=3_000, duration_s=200)
         for turn in range(4):
             store, file = tmp_path / f"s{turn}", tmp_path / f"f{turn}.mace"
-            run = start("run", *FTRACE, "--lab", "axe", "--store", store, "--record", file, "--json")
+            to = ("--store", store, "--record", file, "--seal", key)
+            run = start("run", *FTRACE, "--lab", "axe", *to, "--json")
             wait_for(lambda run=run: instances(run.pid), what="the trace instance")
             time.sleep(dice.uniform(0.0, 3.0))
             run.kill()
@@ -137,6 +143,9 @@ def test_a_kill_loses_no_acknowledged_row_and_the_next_start_cleans_up(tmp_path)
                     assert all(item is not None for item in capture)
             if (store / "store.json").exists():
                 json.loads(mace("report", "--store", store, "--json").stdout)
+            # Whatever was sealed before the kill verifies; a kill may come before the first statement.
+            sealed = [each for each in (store, file) if has_seal(each) and has_statement(seal_path(each))]
+            assert [(check(each).state, check(each).findings) for each in sealed] == [("open", [])] * len(sealed)
             following = mace("run", *FTRACE, "--lab", "axe", "--no-store", "--duration", "0.3", "--json")
             assert json.loads(following.stdout)["ledger"]["records"] > 0
             assert not instances(run.pid)
@@ -203,11 +212,11 @@ def records_in(file):
 
 @pytest.mark.slow
 def test_a_recording_that_is_ended_or_killed_can_be_replayed(tmp_path):
-    killed = None
+    killed, key = None, write_key(tmp_path / "key.pem")
     with running(Spec(name="tape")) as lab:
         for number in (signal.SIGKILL, signal.SIGTERM):
             file = tmp_path / f"{number}.mace"
-            run = start("record", *FTRACE, "-o", file, "--lab", "tape", "--json")
+            run = start("record", *FTRACE, "-o", file, "--lab", "tape", "--seal", key, "--json")
             wait_for(lambda file=file: file.exists() and file.stat().st_size > 0, what="the recording")
             assert killed is None or not instances(killed), "the next start removes what a kill left"
             lab.ping("c1", count=50)
@@ -218,6 +227,9 @@ def test_a_recording_that_is_ended_or_killed_can_be_replayed(tmp_path):
             with Capture(file) as capture:
                 assert all(item is not None for item in capture)
                 assert (capture.truncated is None) == (number == signal.SIGTERM)
+            sealed = check(file, key=public_key(key))
+            assert (sealed.state, sealed.findings) == ("intact" if number == signal.SIGTERM else "open", [])
+            assert sealed.unsealed <= 1
             found = json.loads(mace("replay", file, "--json").stdout)
             assert balanced(found).records == records_in(file)
             assert found["packets"] >= 50

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from contracts.clock import ClockPair, KernelClock
 from contracts.errors import StoreError
 from contracts.figures import Summary
 from contracts.histogram import BINS, MAX_NS, bins_of, lower_bounds, quantiles
@@ -558,3 +559,18 @@ def test_sql_lists_the_tables_that_people_use(stored):
     store, _ = stored
     listed = sql.table(store, "SHOW TABLES").column("name").to_pylist()
     assert listed == sorted(tables.COLUMNS)
+
+
+def test_runs_stored_before_the_kernels_clock_was(tmp_path):
+    fill(tmp_path, [], head=header("old", clock=ClockPair(1_000, START_NS, 50)))
+    [stored] = tmp_path.glob("runs/*.parquet")
+    rows = pq.read_table(stored, partitioning=None)
+    older = rows.drop_columns(["clock_state", "max_error_ns", "est_error_ns"])
+    pq.write_table(older, stored)
+    assert StoreReader(tmp_path).runs()[0].clock == ClockPair(1_000, START_NS, 50)
+    kernel = KernelClock("synchronised", 5_000, 1_000)
+    fill(tmp_path, [], head=header("new", clock=ClockPair(1_000, START_NS, 50, kernel)))
+    reader = StoreReader(tmp_path)
+    assert {run.run: run.clock.kernel for run in reader.runs()} == {"old": None, "new": kernel}
+    assert reader.header("testhost", "new").clock.kernel == kernel
+    assert tables.grown(older, "runs").to_pylist() == rows.to_pylist()

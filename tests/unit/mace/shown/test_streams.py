@@ -13,6 +13,8 @@ from mace import cli
 from mace.commands import registry
 from tests.forked_commands import CommandCase, run
 from tests.measuring import ROOT
+from tests.sealing import new_key
+from tests.unit.storage.stored import fill
 
 CAPTURE = str(ROOT / "docs/example.mace")
 PINGED = (
@@ -47,8 +49,10 @@ COMMANDS = {
     "serve": (["serve", "--store", "{tmp}/nosuch"], 1),
     "query": (["query", "--store", "{store}", SQL], 0),
     "export perfetto": (["export", "perfetto", CAPTURE, "--force", "-o", "{tmp}/x.pftrace"], 0),
+    "export otlp": (["export", "otlp", CAPTURE, "--force", "-o", "{tmp}/x.jsonl"], 0),
     "verify": (["verify", "plain"], 1),
     "store check": (["store", "check", "--store", "{store}"], 0),
+    "verify-seal": (["verify-seal", "{sealed}"], 0),
     "hooks": (["hooks"], 0),
 }
 """Command -> a call of it that ends soon, and its ordinary exit status; None if the status depends on the machine."""
@@ -101,9 +105,11 @@ def walked(tmp_path_factory):
     cli.main(["replay", CAPTURE, "--store", str(store)])
     for name, text in STDIN.items():
         (place / name).write_text(text)
+    sealed = place / "sealed"
+    fill(sealed, [], seal=new_key(place))
     cases = {}
     for name, (argv, _) in ALL.items():
-        here = [each.format(tmp=place, store=store) if "{" in each else each for each in argv]
+        here = [each.format(tmp=place, store=store, sealed=sealed) if "{" in each else each for each in argv]
         case = CommandCase(here, stdin=str(place / name) if name in STDIN else os.devnull, unprivileged=not reads(here))
         for odd, changes in ODD.items():
             if (name, odd) in PAIRS:
@@ -113,7 +119,7 @@ def walked(tmp_path_factory):
 
 def reads(argv):
     """Return whether a command only works on files; others are run as an unprivileged user."""
-    return argv[0] in {"replay", "correct", "report", "serve", "query", "export", "ingest", "store"}
+    return argv[0] in {"replay", "correct", "report", "serve", "query", "export", "ingest", "store", "verify-seal"}
 
 
 def complaints(done):
