@@ -147,7 +147,7 @@ class Distribution:
     def quantiles(self, q: tuple[float, ...] = QUANTILES) -> list[int]:
         """Return the delays, ns, at the given quantiles."""
         # The middle of a bin may lie outside the range of delays that were observed.
-        return [int(v) for v in quantiles(*self.histogram(), q).clip(self.min_ns, self.max_ns)]
+        return [min(max(v, self.min_ns), self.max_ns) for v in quantiles(*self.histogram(), q).tolist()]
 
     @property
     def mean_ns(self) -> float:

@@ -65,6 +65,19 @@ def quantiles(bins: Ints, counts: Ints, q: tuple[float, ...] = QUANTILES) -> Int
     return middles(bins[np.searchsorted(ranks, wanted)])
 
 
+def quantiles_of_each(bins: Ints, counts: Ints, edges: Ints, q: tuple[float, ...] = QUANTILES) -> Ints:
+    """Return `quantiles` of each of n sparse histograms, given concatenated; int64, of shape (len(q), n).
+
+    Histogram i has `bins` and `counts` from `edges[i]` to `edges[i + 1]`, and at least one bin.
+    """
+    # Ranks continue from one histogram to the next.
+    ranks = np.cumsum(counts)
+    upto = ranks[edges[1:] - 1]
+    before = np.append(0, upto[:-1])
+    wanted = np.maximum(np.ceil(np.multiply.outer(np.asarray(q), upto - before)), 1) + before
+    return middles(bins[np.searchsorted(ranks, wanted)])
+
+
 def merge(bins: Ints, counts: Ints) -> tuple[Ints, Ints]:
     """Merge sparse histograms, given concatenated, into one: ascending distinct bins and their summed counts; int64."""
     # bincount sums doubles, which hold every integer below 2**53: no count gets there.

@@ -268,6 +268,9 @@ class RoundTrips:
     reasons: tuple[str, ...]
     """Lower-case names: `paired`, then the reasons why samples are unpaired."""
     rows: RoundTripRows
+    container_id: str = ""
+    destination: str = ""
+    """Address that the tool asked; empty if it is not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,6 @@ _START, _CODE, _COUNT, _SUM, _LOW, _HIGH = range(6)
 """Rows of a table of windows: start (ns); device, direction and segment in one number; and what was added up."""
 _BIN, _CELL_COUNT = 2, 3
 """Rows of a table of histogram cells, after `_START` and `_CODE`."""
-_QUANTILES: Final = np.array(histogram.QUANTILES)
 _UNMERGED: Final = 1 << 18
 """Cells that may wait to be merged: 8 MiB."""
 
@@ -223,13 +222,8 @@ def _final(width_s: int, windows: Ints, cells: Ints) -> WindowTable:
     """Return the windows of merged tables, whose windows and cells have the same order."""
     bins, counts = cells[_BIN].copy(), cells[_CELL_COUNT].copy()
     edges = np.append(np.flatnonzero(_changes(cells[_START], cells[_CODE])), len(bins))
-    # As in `histogram.quantiles`, for all windows at once: ranks continue from one window to the next.
-    ranks = np.cumsum(counts)
-    count = windows[_COUNT]
-    before = ranks[edges[1:] - 1] - count
-    wanted = np.maximum(np.ceil(np.multiply.outer(_QUANTILES, count)), 1) + before
-    found = histogram.middles(bins[np.searchsorted(ranks, wanted)])
-    numbers = np.empty((len(NUMBERS), len(count)), np.int64)
+    found = histogram.quantiles_of_each(bins, counts, edges)
+    numbers = np.empty((len(NUMBERS), len(edges) - 1), np.int64)
     numbers[0], numbers[1], numbers[2] = windows[_START], width_s, windows[_CODE] >> 5
     numbers[3], numbers[4] = (windows[_CODE] >> 3) & 3, windows[_CODE] & 7
     numbers[5:9] = windows[_COUNT : _HIGH + 1]

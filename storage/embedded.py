@@ -36,7 +36,7 @@ from contracts.cpus import CpuCounters, CpuReadings, SoftirqCounts, StagePlace
 from contracts.errors import StoreError
 from contracts.interfaces import StreamHeader
 from contracts.results import Results, Totals
-from contracts.schema import SCHEMA_VERSION, Delays
+from contracts.schema import SCHEMA_VERSION, Delays, RoundTrips
 from contracts.topology import Device, newest_names
 from contracts.windowtable import WindowTable
 from storage import segments, tables
@@ -116,6 +116,12 @@ def lock_store(root: Path, who: str, *, seals: bool = False) -> int:
     return fd
 
 
+def refuse_unwritable(root: Path, who: str) -> None:
+    """Raise `StoreError` if another writer holds the store now, or if this version cannot write it."""
+    if check_schema(root):
+        os.close(lock_store(root, who))
+
+
 _Reading = TypeVar("_Reading", CpuCounters, SoftirqCounts)
 
 
@@ -132,6 +138,7 @@ class _Buffer:
     windows: list[WindowTable]
     stages: list[WindowTable]
     cpus: list[CpuReadings]
+    trips: list[RoundTrips]
     places: tuple[StagePlace, ...]
     """What the `device` of `stages` points to."""
     devices: tuple[Device, ...]
@@ -145,6 +152,7 @@ class _Buffer:
             sum(map(len, self.delays))
             + sum(map(len, (*self.windows, *self.stages)))
             + sum(len(each.counters) + len(each.softirqs) for each in self.cpus)
+            + sum(len(each.rows) for each in self.trips)
         )
 
 
@@ -190,6 +198,7 @@ class EmbeddedStore:
         self._stages: list[WindowTable] = []
         self._places: tuple[StagePlace, ...] = ()
         self._read_cpus, self._cpus = cpus, list[CpuReadings]()
+        self._trips: list[RoundTrips] = []
         self._devices: tuple[Device, ...] = ()
         self._totals: Totals | None = None
         self._buffered = 0
@@ -252,6 +261,11 @@ class EmbeddedStore:
         while self._buffered >= self._flush_rows:
             await self._submit()
             self._raise_failure()
+
+    def add_round_trips(self, trips: RoundTrips) -> None:
+        """Buffer round trips of the run, which the next flush writes; `write` has given the run's totals before."""
+        self._trips.append(trips)
+        self._dirty = True
 
     async def aclose(self) -> None:
         """Flush, mark the run as ended, and unlock. Raises `StoreError` if rows could not be stored."""
@@ -371,9 +385,16 @@ class EmbeddedStore:
         if closed:
             self._note_cpus()
         buffer = _Buffer(
-            self._delays, self._windows, self._stages, self._cpus, self._places, self._devices, self._totals
+            self._delays,
+            self._windows,
+            self._stages,
+            self._cpus,
+            self._trips,
+            self._places,
+            self._devices,
+            self._totals,
         )
-        self._delays, self._windows, self._stages, self._cpus = [], [], [], []
+        self._delays, self._windows, self._stages, self._cpus, self._trips = [], [], [], [], []
         self._buffered, self._dirty = 0, False
         loop = asyncio.get_running_loop()
         self._encoding = loop.run_in_executor(self._encoder, self._store, buffer, closed)
@@ -428,6 +449,10 @@ class EmbeddedStore:
                 put("cpus", hour, tables.cpus_table(header, counters))
             for hour, softirqs in _each_hour([one for each in buffer.cpus for one in each.softirqs]):
                 put("softirqs", hour, tables.softirqs_table(header, softirqs))
+            for trips in buffer.trips:
+                table = tables.round_trips_table(header, trips)
+                for hour, chosen in by_hour(tables.trip_times(header, trips)):
+                    put("round_trips", hour, table if chosen is None else table.take(chosen))
             for hour, chosen in by_hour(delays.utc_ns):
                 part = delays if chosen is None else delays[chosen]
                 if put("delays", hour, tables.delays_table(header, part, devices)):

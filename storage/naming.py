@@ -11,12 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-NAMES_SQL: Final = (
-    "SELECT host, container_id, container, max(epoch_ns(time)), coalesce(arg_max(pod_containers, time), '')"
-    " FROM {windows} WHERE container_id != '' GROUP BY ALL"
-)
-"""Query of the rows for `named`."""
-TABLES: Final = ("delays", "windows", "stages")
+TABLES: Final = ("delays", "windows", "stages", "round_trips")
 """Tables with the names of containers."""
 
 

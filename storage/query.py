@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
@@ -38,15 +38,30 @@ from contracts.topology import Sharer, newest_names
 from contracts.windowtable import FIGURES, NUMBERS, WindowTable
 from storage import checksum, segments, tables
 from storage.embedded import check_schema
-from storage.naming import NAMES_SQL, TABLES, Named, by_newest_name, named, newest_of
+from storage.merging import Histograms
+from storage.naming import TABLES, Named, by_newest_name, named, newest_of
 from storage.segments import SegmentFile
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _ATTEMPTS: Final = 10
 _SUB: Final = 1 << SUB_BITS
+_WIDTHS_S: Final = (10, 1)
+"""Widths of stored windows, the widest first."""
+_S: Final = 1_000_000_000
+_FEW_ROWS: Final = 32
+"""A window costs a reader as much as so many rows: it has a histogram of some hundred numbers."""
+_BATCH_WINDOWS: Final = 8_192
+"""Windows that are merged at a time: 50 MB with the widest histograms."""
+_FOREVER: Final = (1 << 63) - 1
 _LONG_NS: Final = 3 * 3_600_000_000_000
 """Above this range of time the store's wide windows are read, which have a tenth of the rows and the same delays."""
+_SEEN_BESIDE: Final = 1_024
+"""Segments beside the live ones of which a reader remembers what they say: merged ones, or of another time."""
+_KEPT_RUNS: Final = 8
+"""Results of `runs` that a reader keeps, by filter."""
+_KEPT_FIGURES: Final = 4
+"""Results that a reader keeps of each method: views of one page ask for the same ones."""
 _MOST_WHOLE: Final = 100_000
 """Segments that a reader remembers as whole: those of a store of years, in 30 MB. A server reads one for months."""
 TYPICAL_ROWS: Final = 2_000_000
@@ -63,6 +78,20 @@ WINDOWS_FROM_ROWS: Final = 200_000_000
 _CLAMPED: Final = f"least(greatest(delay_ns, 0), {MAX_NS})"
 _OCTAVE: Final = f"greatest(cast(floor(log2(greatest({_CLAMPED}, 1))) AS BIGINT) - {SUB_BITS}, 0)"
 BIN_SQL: Final = f"({_OCTAVE} * {_SUB} + ({_CLAMPED} >> {_OCTAVE}))"
+
+_STRETCH_SQL: Final = "(epoch_ns(time) - $first) // $width"
+_ENDS_SQL: Final = "(SELECT unnest($hosts) AS host, unnest($names) AS run, unnest($ends) AS upto)"
+"""Relation of `_Ends`."""
+_SEEN_SQL: Final = """
+    SELECT filename, host, run, width_s, container_id, if(container_id != '', container, ''), max(epoch_ns(time)),
+           coalesce(arg_max(pod_containers, time), '')
+    FROM (
+        FROM {windows} UNION ALL BY NAME
+        SELECT NULL::VARCHAR AS container_id, NULL::VARCHAR AS pod_containers WHERE false
+    )
+    GROUP BY ALL
+    """
+"""Query of the rows for `_seen_of`."""
 
 _COUNTED: Final = "NOT coalesce(waited, false)"
 """Condition on rows of `delays` that count in figures; the column is null in files written before it existed."""
@@ -186,6 +215,25 @@ class OverTime:
     """Width of each stretch; stretch i begins at `first_utc_ns + i * width_ns`."""
     groups: dict[tuple[str, ...], dict[int, Distribution]]
     """By group, sorted; then by stretch, of those that have delays."""
+    whole: dict[tuple[str, ...], Distribution] = field(default_factory=dict)
+    """By group, sorted: all of its delays, in bins of the usual width; empty if not asked for."""
+
+
+ROUND_TRIP_FIGURES: Final = ("tool_rtt", "host_rtt", "host_rtt_lower_bound", "nic_rtt", "egress", "ingress")
+"""Figures of a round trip: columns of `round_trips` without their unit, from the tool to the parts."""
+
+
+@dataclass(slots=True)
+class RoundTripsOverTime:
+    """Distributions of round trips per tool, destination, figure and stretch of time."""
+
+    first_utc_ns: int
+    """Start of stretch 0."""
+    width_ns: int
+    groups: dict[tuple[str, str, str], dict[int, Distribution]]
+    """By tool, destination and one of `ROUND_TRIP_FIGURES`; then by stretch, of those that have samples."""
+    samples: dict[str, int]
+    """Number of samples by reason; `paired` ones have the figures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +263,44 @@ class _Part:
     values: dict[str, Any]
     unit_ns: int
     """Stretches of time are multiples of it, so that they have whole windows; 1 for rows."""
+    where: Filter
+    """Its time says which segments have the rows."""
+    named_in: Filter
+    """Its time says which name of a container is the newest."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Grouping:
+    """How distributions are grouped: by columns of `GROUPED_BY` and `stretch`."""
+
+    by: tuple[str, ...]
+    coarse_bits: int = 0
+    """2**n neighbouring bins count as the one in their middle."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ends:
+    """A time of each run, UTC, ns, by host and run."""
+
+    ends: dict[tuple[str, str], int]
+
+    def values(self) -> dict[str, Any]:
+        """Return the parameters of `_ENDS_SQL`."""
+        return {
+            "hosts": [host for host, _ in self.ends],
+            "names": [run for _, run in self.ends],
+            "ends": list(self.ends.values()),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What a segment of windows says of the whole; a segment never changes, so that it is read for this once."""
+
+    names: list[tuple[str, str, str, int, str]]
+    """Host, container's id, its name, time of the last window under that name, UTC, ns, and the pod's containers."""
+    ends: dict[tuple[str, str, int], int]
+    """By host, run and width in s: end of the newest window, UTC, ns."""
 
 
 From = Literal["auto", "rows", "windows"]
@@ -273,8 +359,15 @@ class StoreReader:
     """Skipped segments, with a description of the damage."""
     _whole: set[tuple[Path, int, int]] = field(default_factory=set, init=False, repr=False)
     """Segments with a verified checksum: path, size and time of modification, ns."""
-    _containers: dict[tuple[Path, ...], list[Named]] = field(default_factory=dict, init=False, repr=False)
-    """Cache of `containers`: the containers named in the segments of the last call."""
+    _seen: dict[Path, _Seen] = field(default_factory=dict, init=False, repr=False)
+    """What each segment of windows says of the whole."""
+    _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    """Results since `keep`, by the name of the method and its arguments."""
+    _keeps: Any = field(default=None, init=False, repr=False)
+    """What `keep` was given; None if nothing is kept."""
+    _connection: duckdb.DuckDBPyConnection | None = field(default=None, init=False, repr=False)
+    """The connection that `keep` has opened."""
+    _open: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.path = Path(self.path)
@@ -286,6 +379,43 @@ class StoreReader:
             raise StoreError(f"{self.path}: no such directory")
         if not check_schema(self.path):
             raise StoreError(f"{self.path}: not a MACE store (it has no store.json)")
+
+    def keep(self, state: object) -> None:
+        """Keep the connection open from now on, and results for whoever asks the same in the same state of the store.
+
+        It is for one thread at a time. `close` closes the connection.
+        """
+        if self._connection is None:
+            self._connection = self._open.enter_context(connected(self.threads, self.memory_mib))
+        if state != self._keeps:
+            self._kept.clear()
+            self._keeps = state
+
+    def close(self) -> None:
+        """Close the connection that `keep` has opened."""
+        self._connection, self._keeps = None, None
+        self._kept.clear()
+        self._open.close()
+
+    @contextmanager
+    def _connected(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        if self._connection is not None:
+            yield self._connection
+            return
+        with connected(self.threads, self.memory_mib) as connection:
+            yield connection
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], _T], most: int) -> _T:
+        """Return the result that was kept under `key`, or make it; of each method at most `most` are kept."""
+        if self._keeps is None:
+            return make()
+        if key not in self._kept:
+            same = [each for each in self._kept if each[0] == key[0]]
+            for each in same[: max(len(same) + 1 - most, 0)]:
+                del self._kept[each]
+            self._kept[key] = make()
+        found: _T = self._kept[key]
+        return found
 
     def segments(self, table: str, where: Filter = Filter()) -> list[SegmentFile]:
         """Return the live segments, which an outside reader should open while a writer is running."""
@@ -330,9 +460,13 @@ class StoreReader:
 
     # Whole runs.
 
-    @_written_by_mace
     def runs(self, where: Filter = Filter()) -> list[Run]:
         """Return the runs that overlap with the filter's time, oldest first, each with its newest ledger."""
+        given = Filter(where.since_ns, where.until_ns, run=where.run, host=where.host)
+        return list(self._once(("runs", given), lambda: self._runs(given), _KEPT_RUNS))
+
+    @_written_by_mace
+    def _runs(self, where: Filter) -> list[Run]:
         names = ", ".join(f"l.{name}" for name in Ledger().as_dict())
         # Runs stored before grades existed: all packets were matched by the buffer.
         graded = ", ".join(
@@ -424,22 +558,32 @@ class StoreReader:
 
         Damaged windows are left out without an error, because names are not worth refusing a query.
         """
+        newest: dict[tuple[str, str, str], tuple[int, str]] = {}
+        for each in self._windows_seen(where)[0]:
+            for host, container_id, container, utc_ns, pod_containers in each.names:
+                key, last = (host, container_id, container), (utc_ns, pod_containers)
+                newest[key] = max(newest.get(key, last), last)
+        return named((*key, *last) for key, last in newest.items())
+
+    def _windows_seen(self, where: Filter) -> tuple[list[_Seen], bool]:
+        """Return what the live segments of windows say of the whole, and whether all of them could be read."""
         for _ in range(_ATTEMPTS):
             live = self.segments("windows", where)
             bad = self._damaged_of(live)
             live = [each for each in live if each.path not in bad]
-            of = tuple(each.path for each in live)
-            if of not in self._containers:
-                with connected(self.threads) as connection:
+            if new := [each for each in live if each.path not in self._seen]:
+                with self._connected() as connection:
                     try:
-                        sql = NAMES_SQL.format(windows=relation(connection, "windows", live))
-                        self._containers = {of: named(connection.execute(sql).fetchall())}
+                        rows = connection.execute(_SEEN_SQL.format(windows=_read(new, filename=True))).fetchall()
                     except duckdb.Error:
-                        if not all(path.exists() for path in of):
+                        if not all(each.path.exists() for each in new):
                             continue  # merged meanwhile
-                        self._containers = {of: []}
-            return self._containers[of]
-        return []
+                        return [], False
+                self._seen |= _seen_of(new, rows)
+            if len(self._seen) > 2 * len(live) + _SEEN_BESIDE:
+                self._seen = {each.path: self._seen[each.path] for each in live}
+            return [self._seen[each.path] for each in live], not bad and not self.damaged
+        return [], False
 
     def _by_newest_name(self, where: Filter) -> Filter:
         """Return the filter with the container's newest name, which rows are shown with."""
@@ -449,13 +593,16 @@ class StoreReader:
 
     # Figures.
 
-    @_written_by_mace
     def summary(self, where: Filter = Filter(), source: From = "auto") -> Summary:
         """Return the distributions per device, direction and segment, and the ledger.
 
         They are computed from rows, and for runs without rows from windows that are wholly within the filter's time.
         Windows do not distinguish packets, so there a container has the figures of its own devices only.
         """
+        return self._once(("summary", where, source), lambda: self._summary(where, source), _KEPT_FIGURES)
+
+    @_written_by_mace
+    def _summary(self, where: Filter, source: From) -> Summary:
         runs = self.runs(where)
         where = self._by_newest_name(where)
         from_rows, from_windows = self._split(runs, source, where)
@@ -526,6 +673,9 @@ class StoreReader:
         told = []
         if where.narrows:
             told.append("The ledger and the grades are of whole runs.")
+        # A run of `mace ping` has neither rows nor windows.
+        counted = {key[:2] for each in self._windows_seen(where)[0] for key in each.ends} if from_windows else set()
+        from_windows = [r for r in from_windows if (r.host, r.run) in counted]
         if from_windows:
             names = ", ".join(r.run for r in from_windows[:5]) + (", ..." if len(from_windows) > 5 else "")
             told.append(f"From windows, not rows: run {names}.")
@@ -578,6 +728,11 @@ class StoreReader:
 
     def _count_packets(self, where: Filter, runs: Sequence[Run]) -> int:
         condition, values = _condition(where, runs)
+        if where == Filter(container=where.container, run=where.run, host=where.host) and where.container is not None:
+            # Each of a container's packets has an overhead row: no need to look for its other rows.
+            condition, values = _condition(replace(where, container=None), runs)
+            condition = f"segment = 'overhead' AND container = $container AND {condition}"
+            values |= {"container": where.container}
         key = "packet" if len(runs) == 1 else "(host, run, packet)"
         [(count,)] = self._fetch(f"SELECT count(DISTINCT {key}) FROM {{delays}} WHERE {condition}", where, values)
         return int(count)
@@ -678,6 +833,57 @@ class StoreReader:
                 )
             found.append(SoftirqFigures(host, cpu, int(runs), int(by_ksoftirqd), int(run_ns), int(lost), waits))
         return found
+
+    # Round trips of tools.
+
+    @_written_by_mace
+    def round_trips(self, where: Filter = Filter(), points: int = 240) -> RoundTripsOverTime:
+        """Return the round trips of tools per stretch of time, in about `points` stretches of equal width.
+
+        Figures are of the paired samples, so that all of them are of the same exchanges. The filter's device and
+        direction are ignored.
+        """
+        where = self._by_newest_name(where)
+        condition, values = _condition(Filter(where.since_ns, where.until_ns, run=where.run, host=where.host), [])
+        if where.container is not None:
+            condition, values = f"{condition} AND container = $container", values | {"container": where.container}
+        counts = self._fetch(
+            f"""
+            SELECT reason, count(*), epoch_ns(min(time)), epoch_ns(max(time))
+            FROM {{round_trips}} WHERE {condition} GROUP BY reason ORDER BY reason
+            """,
+            where,
+            values,
+        )
+        samples = {reason: int(count) for reason, count, _, _ in counts}
+        spans = [(first, last) for reason, _, first, last in counts if reason == "paired"]
+        if not spans:
+            return RoundTripsOverTime(where.since_ns or 0, 1, {}, samples)
+        [(first, last)] = spans
+        width_ns = (last - first) // points + 1
+        named = ", ".join(f"'{name}'" for name in ROUND_TRIP_FIGURES)
+        figures = ", ".join(f"{name}_ns" for name in ROUND_TRIP_FIGURES)
+        by = ("tool", "destination", "figure", "stretch")
+        keys = ", ".join(by)
+        cells = self._query(
+            f"""
+            SELECT {keys}, {BIN_SQL} AS bin, count(*) AS n, sum(delay_ns) AS s, min(delay_ns) AS lo, max(delay_ns) AS hi
+            FROM (
+                SELECT tool, destination, {_STRETCH_SQL} AS stretch, unnest([{named}]) AS figure,
+                       unnest([{figures}]) AS delay_ns
+                FROM {{round_trips}} WHERE {condition} AND reason = 'paired'
+            )
+            WHERE delay_ns IS NOT NULL GROUP BY ALL ORDER BY {keys}, bin
+            """,
+            where,
+            values | {"first": first, "width": width_ns},
+            None,
+            lambda connection, sql, values: connection.sql(sql, params=values).to_arrow_table(),
+        )
+        found: dict[tuple[str, str, str], dict[int, Distribution]] = {}
+        for (*group, at), numbers in _groups(cells, by):
+            found.setdefault((group[0], group[1], group[2]), {}).setdefault(int(at), Distribution()).add(*numbers)
+        return RoundTripsOverTime(first, width_ns, found, samples)
 
     # Single packets.
 
@@ -803,16 +1009,43 @@ class StoreReader:
         points: int = 240,
         source: From = "auto",
         coarse_bits: int = 0,
+        whole: bool = False,
     ) -> OverTime:
         """Return the distributions per group and stretch of time, in about `points` stretches of equal width.
 
         `by` are columns of `GROUPED_BY`. With `coarse_bits` n, 2**n neighbouring bins count as the one in their middle,
         which is quicker where a picture shows no more. The stretches together have exactly the delays of `grouped`.
+        With `whole`, the distribution of each whole group is read along with it.
         Where figures come from windows, stretches are whole seconds, or, of more than `_LONG_NS`, tens of seconds.
         """
-        parts = self._parts(where, segments, source)
+
+        def make() -> OverTime:
+            return self._over_time(where, by, segments, points, source, coarse_bits, whole)
+
+        # One view alone asks for the whole, of all containers: its distributions would take more memory than they save.
+        key = ("over_time", where, by, segments, points, source, coarse_bits)
+        return make() if whole else self._once(key, make, _KEPT_FIGURES)
+
+    def _over_time(
+        self,
+        where: Filter,
+        by: tuple[str, ...],
+        of: tuple[Segment, ...],
+        points: int,
+        source: From,
+        coarse_bits: int,
+        whole: bool,
+    ) -> OverTime:
+        parts = self._parts(where, of, source, points)
         spans = [
-            self._fetch(f"SELECT epoch_ns(min(time)), epoch_ns(max(time)) FROM {part.rows_sql}", where, part.values)[0]
+            self._query(
+                f"SELECT epoch_ns(min(time)), epoch_ns(max(time)) FROM {part.rows_sql}",
+                part.where,
+                part.values,
+                None,
+                lambda connection, sql, values: connection.execute(sql, values).fetchall()[0],
+                named_in=part.named_in,
+            )
             for part in parts
         ]
         known = [span for span in spans if span[0] is not None]
@@ -824,9 +1057,11 @@ class StoreReader:
         width_ns = -(-width_ns // unit_ns) * unit_ns
         first -= first % unit_ns
         found: dict[tuple[str, ...], dict[int, Distribution]] = {}
-        for (*group, at), delays in self._grouped(where, parts, (*by, "stretch"), first, width_ns, coarse_bits):
+        wanted = [_Grouping((*by, "stretch"), coarse_bits), *([_Grouping(by)] if whole else [])]
+        stretches, *groups = self._grouped(parts, wanted, first, width_ns)
+        for (*group, at), delays in stretches.items():
             found.setdefault(tuple(group), {})[int(at)] = delays
-        return OverTime(first, width_ns, dict(sorted(found.items())))
+        return OverTime(first, width_ns, dict(sorted(found.items())), *(dict(sorted(each.items())) for each in groups))
 
     def grouped(
         self,
@@ -837,63 +1072,157 @@ class StoreReader:
         source: From = "auto",
     ) -> dict[tuple[str, ...], Distribution]:
         """Return the distribution of each group of rows; `by` are columns of `GROUPED_BY`. Sorted by group."""
-        return dict(sorted(self._grouped(where, self._parts(where, segments, source), by)))
+        [found] = self._grouped(self._parts(where, segments, source), [_Grouping(by)])
+        return dict(sorted(found.items()))
 
     @_written_by_mace
-    def _parts(self, where: Filter, of: tuple[Segment, ...], source: From) -> list[_Part]:
-        """Return what `grouped` reads: rows, and windows of the runs without rows."""
+    def _parts(self, where: Filter, of: tuple[Segment, ...], source: From, points: int | None = None) -> list[_Part]:
+        """Return what `grouped` reads: rows, and windows where they have the same delays.
+
+        These are the windows of the runs without rows, and of the others those that are complete. With `points`, the
+        windows are so narrow that about as many stretches of time are left.
+        """
         where = self._by_newest_name(where)
         runs = self.runs(where)
-        names = ", ".join(f"'{segment.name.lower()}'" for segment in of)
+        rows, windows = self._split(runs, source, where)
         found = []
-        for table, part in zip(("delays", "windows"), self._split(runs, source, where), strict=True):
-            if not part:
-                continue
-            # Overhead rows have their packet's container: no need to look for the packets of a container.
-            direct = of == (Segment.OVERHEAD,) and table == "delays" and where.container is not None
-            condition, values = _condition(
-                replace(where, container=None) if direct else where,
-                part,
-                windows=table == "windows",
-                part=len(part) < len(runs),
-            )
-            if direct:
-                condition, values = f"{condition} AND container = $container", values | {"container": where.container}
-            condition = f"segment IN ({names}) AND {condition}"
-            if table == "delays":
-                rows = f"(SELECT * FROM {{delays}} WHERE {condition} AND {_COUNTED})"
-                found.append(_Part(table, rows, values, 1))
-                continue
-            long = _span_ns(where, part) > _LONG_NS
-            rows = (
+        # Windows do not tell packets apart: those of a container are its own devices', as its overhead rows are.
+        if source == "auto" and rows and (where.container is None or of == (Segment.OVERHEAD,)):
+            stretch_ns = _FOREVER if points is None else _span_ns(where, runs) // points
+            found = self._complete(where, rows, of, stretch_ns)
+        if rows and not found:
+            found = [self._rows(where, rows, of, where, part=len(rows) < len(runs))]
+        if windows:
+            condition, values = self._where(where, windows, of, windows=True, part=len(windows) < len(runs))
+            long = _span_ns(where, windows) > _LONG_NS
+            sql = (
                 f"(SELECT * FROM {{windows}} WHERE {condition}"
                 f" QUALIFY width_s = {'max' if long else 'min'}(width_s) OVER (PARTITION BY host, run))"
             )
-            found.append(_Part(table, rows, values, 10_000_000_000 if long else 1_000_000_000))
+            found.append(_Part("windows", sql, values, (10 if long else 1) * _S, where, where))
         return found
+
+    def _where(
+        self, where: Filter, runs: Sequence[Run], of: tuple[Segment, ...], *, windows: bool, part: bool
+    ) -> tuple[str, dict[str, Any]]:
+        """Return SQL for the rows of these segments that a filter admits, and its parameters."""
+        names = ", ".join(f"'{segment.name.lower()}'" for segment in of)
+        # Overhead rows have their packet's container: no need to look for the packets of a container.
+        direct = of == (Segment.OVERHEAD,) and not windows and where.container is not None
+        given = replace(where, container=None) if direct else where
+        condition, values = _condition(given, runs, windows=windows, part=part)
+        if direct:
+            condition, values = f"{condition} AND container = $container", values | {"container": where.container}
+        return f"segment IN ({names}) AND {condition}", values
+
+    def _rows(
+        self,
+        where: Filter,
+        runs: Sequence[Run],
+        of: tuple[Segment, ...],
+        named_in: Filter,
+        *,
+        part: bool = False,
+        since: _Ends | None = None,
+    ) -> _Part:
+        """Return the rows of these runs, with `since` those from each run's time on."""
+        condition, values = self._where(where, runs, of, windows=False, part=part)
+        if since is None:
+            sql = f"(SELECT * FROM {{delays}} WHERE {condition} AND {_COUNTED})"
+            return _Part("delays", sql, values, 1, where, named_in)
+        sql = (
+            f"(SELECT d.* FROM {{delays}} AS d JOIN {_ENDS_SQL} USING (host, run)"
+            f" WHERE {condition} AND {_COUNTED} AND epoch_ns(time) >= upto)"
+        )
+        return _Part("delays", sql, values | since.values(), 1, where, named_in)
+
+    def _complete(self, where: Filter, runs: list[Run], of: tuple[Segment, ...], stretch_ns: int) -> list[_Part]:
+        """Return the widest windows that lie within the filter, and the rows beside them; nothing if rows are quicker.
+
+        A window is stored when no further delay can belong to it, and in the order of their ends: up to the end of the
+        newest one, windows and rows have the same delays. A run that has ended has all of its windows.
+        """
+        seen, whole = self._windows_seen(where)
+        if not whole or any(run.rows_not_stored for run in runs):
+            return []
+        for width_s in _WIDTHS_S:
+            unit_ns = width_s * _S
+            ends = {
+                (r.host, r.run): max((each.ends.get((r.host, r.run, width_s), 0) for each in seen), default=0)
+                for r in runs
+            }
+            if 2 * unit_ns > stretch_ns or not all(ends.values()):
+                continue
+            if width_s == 1 and self._rows_of("delays", where) < _FEW_ROWS * self._rows_of("windows", where):
+                return []
+            live = _Ends({(r.host, r.run): ends[r.host, r.run] for r in runs if not r.closed})
+            upto = _Ends({(r.host, r.run): _FOREVER if r.closed else ends[r.host, r.run] for r in runs})
+            low = None if where.since_ns is None else -(-where.since_ns // unit_ns) * unit_ns
+            high = None if where.until_ns is None else where.until_ns // unit_ns * unit_ns
+            if low is not None and high is not None and low >= high:
+                return []
+            inner = replace(where, since_ns=low, until_ns=high)
+            condition, values = self._where(inner, runs, of, windows=True, part=False)
+            sql = (
+                f"(SELECT w.* FROM {{windows}} AS w JOIN {_ENDS_SQL} USING (host, run)"
+                f" WHERE {condition} AND width_s = {width_s} AND epoch_ns(time) < upto)"
+            )
+            found = [_Part("windows", sql, values | upto.values(), unit_ns, inner, where)]
+            if low is not None and low > (where.since_ns or 0):
+                found.append(self._rows(replace(where, until_ns=low), runs, of, where))
+            if high is not None and high < (where.until_ns or 0):
+                found.append(self._rows(replace(where, since_ns=high), runs, of, where))
+            if live.ends:
+                begin = max(min(live.ends.values()), low or 0)
+                if high is None or begin < high:
+                    rest = replace(inner, since_ns=begin)
+                    found.append(self._rows(rest, runs, of, where, since=live))
+            return found
+        return []
+
+    def _rows_of(self, table: str, where: Filter) -> int:
+        return sum(each.rows for each in self.segments(table, where))
 
     @_written_by_mace
     def _grouped(
-        self,
-        where: Filter,
-        parts: Sequence[_Part],
-        by: tuple[str, ...],
-        first_ns: int = 0,
-        width_ns: int = 1,
-        coarse_bits: int = 0,
-    ) -> list[tuple[tuple[Any, ...], Distribution]]:
-        merged: dict[tuple[Any, ...], Distribution] = {}
+        self, parts: Sequence[_Part], wanted: Sequence[_Grouping], first_ns: int = 0, width_ns: int = 1
+    ) -> list[dict[tuple[Any, ...], Distribution]]:
+        """Return the distributions by group of each grouping; windows are read once for all of them."""
+        merged: list[dict[tuple[Any, ...], Distribution]] = [{} for _ in wanted]
         for part in parts:
-            cells = self._query(
-                _grouped_query(part, by, coarse_bits),
-                where,
-                part.values | {"first": first_ns, "width": width_ns},
-                None,
-                lambda connection, sql, values: connection.sql(sql, params=values).to_arrow_table(),
-            )
-            for key, figures in _groups(cells, by, repeated=part.table == "windows"):
-                merged.setdefault(key, Distribution()).add(*figures)
-        return list(merged.items())
+            values = part.values | {"first": first_ns, "width": width_ns}
+            if part.table == "windows":
+                for mine, found in zip(merged, self._merged(part, wanted, values), strict=True):
+                    for key, delays in found.distributions():
+                        mine[key] = mine[key] + delays if key in mine else delays
+                continue
+            for mine, each in zip(merged, wanted, strict=True):
+                cells = self._query(
+                    _grouped_query(part, each),
+                    part.where,
+                    values,
+                    None,
+                    lambda connection, sql, values: connection.sql(sql, params=values).to_arrow_table(),
+                    named_in=part.named_in,
+                )
+                for key, figures in _groups(cells, each.by):
+                    mine.setdefault(key, Distribution()).add(*figures)
+        return merged
+
+    def _merged(self, part: _Part, wanted: Sequence[_Grouping], values: dict[str, Any]) -> list[Histograms]:
+        """Return a part's windows, merged by the groups of each grouping."""
+
+        def take(connection: duckdb.DuckDBPyConnection, sql: str, values: dict[str, Any]) -> list[Histograms]:
+            found = [Histograms(each.by, each.coarse_bits) for each in wanted]
+            for batch in connection.sql(sql, params=values).to_arrow_reader(_BATCH_WINDOWS) or ():
+                for each in found:
+                    each.add(batch)
+            return found
+
+        columns = dict.fromkeys(name for each in wanted for name in each.by)
+        names = ", ".join(f"{_STRETCH_SQL} AS stretch" if name == "stretch" else name for name in columns)
+        sql = f"SELECT {names}, count, sum_ns, min_ns, max_ns, bins, counts FROM {part.rows_sql}"
+        return self._query(sql, part.where, values, None, take, named_in=part.named_in)
 
     @_written_by_mace
     def packets(
@@ -997,17 +1326,19 @@ class StoreReader:
         take: Callable[[duckdb.DuckDBPyConnection, str, dict[str, Any]], _T],
         *,
         as_stored: bool = False,
+        named_in: Filter | None = None,
     ) -> _T:
         """Run `sql`, in which `{TABLE}` stands for the table's live segments (the newest with `newest_rows` rows).
 
-        Rows have the newest names of containers, or with `as_stored` the stored names.
+        Rows have the newest names of containers in the filter's time (or that of `named_in`), or with `as_stored` the
+        stored names.
         """
         used = [table for table in segments.TABLES if "{" + table + "}" in sql]
         naming = [] if as_stored else [table for table in used if table in TABLES]
-        containers = self.containers(where) if naming else []
+        containers = self.containers(named_in or where) if naming else []
         for _ in range(_ATTEMPTS):
             live = {table: self.whole_segments(table, where, newest_rows) for table in used}
-            with connected(self.threads, self.memory_mib) as connection:
+            with self._connected() as connection:
                 names = {table: relation(connection, table, found) for table, found in live.items()}
                 names |= {table: by_newest_name(names[table], containers) for table in naming}
                 try:
@@ -1079,10 +1410,27 @@ def relation(connection: duckdb.DuckDBPyConnection, table: str, found: Sequence[
     """Return SQL for the rows of these segments, with all columns of the table."""
     if not found:
         return _nothing(connection, table)
-    quoted = ", ".join("'" + str(s.path).replace("'", "''") + "'" for s in found)
-    stored = f"read_parquet([{quoted}], union_by_name=true, hive_partitioning=false)"
+    stored = _read(found)
     # Files of older versions lack newer columns.
     return f"(FROM {stored} UNION ALL BY NAME FROM {_nothing(connection, table)})"
+
+
+def _read(found: Sequence[SegmentFile], *, filename: bool = False) -> str:
+    """Return SQL for the rows of these segments as they are stored, with `filename` each with its segment's path."""
+    quoted = ", ".join("'" + str(s.path).replace("'", "''") + "'" for s in found)
+    named = ", filename=true" if filename else ""
+    return f"read_parquet([{quoted}], union_by_name=true, hive_partitioning=false{named})"
+
+
+def _seen_of(found: Sequence[SegmentFile], rows: Sequence[tuple[Any, ...]]) -> dict[Path, _Seen]:
+    """Return the rows of `_SEEN_SQL` by segment."""
+    seen = {str(each.path): _Seen([], {}) for each in found}
+    for path, host, run, width_s, container_id, container, utc_ns, pod_containers in rows:
+        one, key = seen[path], (host, run, int(width_s))
+        one.ends[key] = max(one.ends.get(key, 0), utc_ns + int(width_s) * _S)
+        if container_id:
+            one.names.append((host, container_id, container, utc_ns, pod_containers))
+    return {Path(path): each for path, each in seen.items()}
 
 
 def _nothing(connection: duckdb.DuckDBPyConnection, table: str) -> str:
@@ -1174,42 +1522,27 @@ def _span_ns(where: Filter, runs: Sequence[Run]) -> int:
     return until - since
 
 
-def _grouped_query(part: _Part, by: tuple[str, ...], coarse_bits: int = 0) -> str:
-    """Return SQL for a row per group and bin, sorted: the columns of `by`, bin, n, s, lo, hi.
+def _grouped_query(part: _Part, grouping: _Grouping) -> str:
+    """Return SQL for a row per group and bin of rows of `delays`, sorted: the columns of `by`, bin, n, s, lo, hi.
 
-    n are the delays in the bin. s, lo and hi are the sum and the extremes of the bin's delays; of windows, which do not
-    know them, those of the whole group.
+    n are the delays in the bin; s, lo and hi are their sum and extremes.
     """
+    by, coarse_bits = grouping.by, grouping.coarse_bits
     unknown = set(by) - {*GROUPED_BY, "stretch"}
     assert not unknown, unknown
-    at = ", (epoch_ns(time) - $first) // $width AS stretch" if "stretch" in by else ""
+    at = f", {_STRETCH_SQL} AS stretch" if "stretch" in by else ""
     keys = ", ".join(by)
-
-    def coarse(bin_sql: str) -> str:
-        return f"(({bin_sql} >> {coarse_bits} << {coarse_bits}) + {1 << coarse_bits >> 1})" if coarse_bits else bin_sql
-
-    if part.table == "delays":
-        return f"""
-            SELECT {keys}, {coarse(BIN_SQL)} AS bin, count(*) AS n, sum(delay_ns) AS s, min(delay_ns) AS lo,
-                   max(delay_ns) AS hi
-            FROM (SELECT *{at} FROM {part.rows_sql}) GROUP BY ALL ORDER BY {keys}, bin
-            """
+    coarse = f"(({BIN_SQL} >> {coarse_bits} << {coarse_bits}) + {1 << coarse_bits >> 1})" if coarse_bits else BIN_SQL
     return f"""
-        WITH w AS (SELECT *{at} FROM {part.rows_sql}),
-        u AS (SELECT {keys}, unnest(bins)::BIGINT AS bin, unnest(counts) AS n FROM w),
-        b AS (SELECT {keys}, {coarse("bin")} AS bin, sum(n) AS n FROM u GROUP BY {keys}, {coarse("bin")}),
-        a AS (SELECT {keys}, sum(sum_ns) AS s, min(min_ns) AS lo, max(max_ns) AS hi FROM w GROUP BY {keys})
-        SELECT {keys}, bin, n, s, lo, hi FROM b JOIN a USING ({keys}) ORDER BY {keys}, bin
+        SELECT {keys}, {coarse} AS bin, count(*) AS n, sum(delay_ns) AS s, min(delay_ns) AS lo, max(delay_ns) AS hi
+        FROM (SELECT *{at} FROM {part.rows_sql}) GROUP BY ALL ORDER BY {keys}, bin
         """
 
 
 def _groups(
-    cells: pa.Table, by: tuple[str, ...], *, repeated: bool
+    cells: pa.Table, by: tuple[str, ...]
 ) -> Iterator[tuple[tuple[Any, ...], tuple[int, int, int, int, Ints, Ints]]]:
-    """Yield (key, arguments of `Distribution.add`) of each group in the result of `_grouped_query`.
-
-    `repeated`: s is the sum of the group, repeated in each of its rows.
-    """
+    """Yield (key, arguments of `Distribution.add`) of each group in the result of `_grouped_query`."""
     if not len(cells):
         return
     bins, counts, sums, low, high = (
@@ -1220,7 +1553,7 @@ def _groups(
     keys = zip(*(cells[name].take(begins).to_pylist() for name in by), strict=True)
     figures = (
         np.add.reduceat(counts, begins),
-        sums[begins] if repeated else np.add.reduceat(sums, begins),
+        np.add.reduceat(sums, begins),
         np.minimum.reduceat(low, begins),
         np.maximum.reduceat(high, begins),
     )

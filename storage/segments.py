@@ -4,7 +4,7 @@
     ├── store.json                                      schema version
     ├── lock                                            flock of the one writer; says who it is
     ├── runs|cost/FIRST-LAST.ROWS.parquet
-    └── delays|windows|stages|cpus|softirqs|ledger/day=YYYY-MM-DD/hour=HH/FIRST-LAST.ROWS.parquet
+    └── delays|windows|stages|cpus|softirqs|round_trips|ledger/day=YYYY-MM-DD/hour=HH/FIRST-LAST.ROWS.parquet
 
 A segment is a Parquet file that appears whole (temporary name, fsync, rename) and never changes. FIRST and LAST are the
 numbers of its first and last flush, which only grow. A segment of flushes 3 to 9 makes the segments of 3, 4-7, 8 and 9
@@ -36,7 +36,7 @@ _LOG = logging.getLogger(__name__)
 HOUR_NS: Final = 3_600_000_000_000
 NO_HOUR: Final = -1
 """Hour of tables that are not partitioned by time."""
-PARTITIONED: Final = ("ledger", "windows", "delays", "stages", "cpus", "softirqs")
+PARTITIONED: Final = ("ledger", "windows", "delays", "stages", "cpus", "softirqs", "round_trips")
 """Tables in the order of writing: the ledger is first, so that no reader sees rows without their losses."""
 UNFINISHED: Final = "replay"
 """Folder in a store with the state of an incomplete replay, for its resume."""

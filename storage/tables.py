@@ -23,7 +23,17 @@ from contracts.hooks import BY_HOOK
 from contracts.interfaces import StreamHeader
 from contracts.ledger import Ledger
 from contracts.results import Totals
-from contracts.schema import Delays, Direction, Grade, Grades, HookCost, Outcome, Segment
+from contracts.schema import (
+    NOT_TOLD,
+    Delays,
+    Direction,
+    Grade,
+    Grades,
+    HookCost,
+    Outcome,
+    RoundTrips,
+    Segment,
+)
 from contracts.topology import Device, Sharer
 from contracts.windowtable import FIGURES, WindowTable
 from storage.checksum import SegmentWriter
@@ -39,6 +49,8 @@ class Column:
     name: str
     type: pa.DataType
     meaning: str
+    optional: bool = False
+    """Whether the column is null where the value is not known."""
 
 
 _SHARER: Final = pa.struct([pa.field("container", pa.string()), pa.field("container_id", pa.string())])
@@ -230,6 +242,45 @@ SOFTIRQS: Final = (
     Column("bins", pa.list_(pa.uint16()), "Non-empty bins of `contracts.histogram` of the waits, ascending."),
     Column("counts", pa.list_(pa.int64()), "Waits in each of these bins."),
 )
+ROUND_TRIPS: Final = (
+    Column(
+        "time",
+        _TIME,
+        "When the request reached the container's device; of an unpaired sample the tool's own time, and if it has none"
+        " the beginning of the run.",
+    ),
+    *_RUN,
+    Column("container", _NAME, "Name of the container that the tool ran in."),
+    Column("netns", _NAME, "Name of its network namespace."),
+    Column("tool", _NAME, "The tool that measured: `ping`, `fping`, ..."),
+    Column("destination", _NAME, "Address that the tool asked; empty if it is not known."),
+    Column("seq", pa.int64(), "Number of the request; null if the tool has none.", optional=True),
+    Column("reason", _NAME, "`paired`, or why the sample has no correction: the next columns are then null."),
+    Column("tool_rtt_ns", pa.int64(), "Round trip as the tool measured it; null without a reply.", optional=True),
+    Column(
+        "host_rtt_ns",
+        pa.int64(),
+        "Round trip of a process on the host with nothing tracing, estimated with probes; null without probes.",
+        optional=True,
+    ),
+    Column(
+        "host_rtt_lower_bound_ns",
+        pa.int64(),
+        "`tool_rtt_ns` - `egress_ns` - `ingress_ns`: a lower bound of a host process's round trip.",
+        optional=True,
+    ),
+    Column("nic_rtt_ns", pa.int64(), "Round trip from the outer device and back to it.", optional=True),
+    Column("egress_ns", pa.int64(), "Overhead of the request.", optional=True),
+    Column("ingress_ns", pa.int64(), "Overhead of the response.", optional=True),
+    Column(
+        "temporal_error_ns",
+        pa.int64(),
+        "Part of `tool_rtt_ns` in which the tool was ready but no CPU ran it; null if it is not known.",
+        optional=True,
+    ),
+    Column("grade", _NAME, "Evidence that ties the packets' records, as in `delays`; empty if unpaired."),
+    _CONTAINER_ID,
+)
 COLUMNS: Final = {
     "delays": DELAYS,
     "windows": WINDOWS,
@@ -239,10 +290,12 @@ COLUMNS: Final = {
     "stages": STAGES,
     "cpus": CPUS,
     "softirqs": SOFTIRQS,
+    "round_trips": ROUND_TRIPS,
 }
 
 SCHEMAS: Final = {
-    table: pa.schema([pa.field(c.name, c.type, nullable=False) for c in columns]) for table, columns in COLUMNS.items()
+    table: pa.schema([pa.field(c.name, c.type, nullable=c.optional) for c in columns])
+    for table, columns in COLUMNS.items()
 }
 
 _SKIPPED_BY: Final = ("time", "delay_ns")
@@ -506,6 +559,41 @@ def softirqs_table(header: StreamHeader, readings: Sequence[SoftirqCounts]) -> p
         ],
         schema=SCHEMAS["softirqs"],
     )
+
+
+def round_trips_table(header: StreamHeader, trips: RoundTrips) -> pa.Table:
+    """Return one row of `round_trips` (columns `ROUND_TRIPS`) per sample."""
+    rows, count = trips.rows, len(trips.rows)
+    paired = rows.reason == 0
+
+    def told(values: npt.NDArray[np.int64], known: npt.NDArray[np.bool_] | None = None) -> pa.Array:
+        unknown = values == NOT_TOLD
+        return pa.array(values, mask=unknown if known is None else unknown | ~known)
+
+    grades = ["", *_GRADES]
+    return pa.Table.from_arrays(
+        [
+            pa.array(trip_times(header, trips)).cast(_TIME),
+            *_run_columns(header, count),
+            *(_constant(value, count) for value in (trips.container, trips.netns, trips.tool, trips.destination)),
+            told(rows.seq),
+            _named(rows.reason, trips.reasons),
+            told(rows.tool_rtt_ns),
+            *(
+                told(getattr(rows, name), paired)
+                for name in ("host_rtt_ns", "host_rtt_lower_bound_ns", "nic_rtt_ns", "egress_ns", "ingress_ns")
+            ),
+            told(rows.temporal_error_ns, paired),
+            _named(np.where(paired, rows.grade.astype(np.int16) + 1, 0), grades),
+            _constant(trips.container_id, count),
+        ],
+        schema=SCHEMAS["round_trips"],
+    )
+
+
+def trip_times(header: StreamHeader, trips: RoundTrips) -> npt.NDArray[np.int64]:
+    """Return the column `time` of `round_trips`: UTC, ns."""
+    return np.where(trips.rows.utc_ns == NOT_TOLD, header.clock.utc_ns, trips.rows.utc_ns)
 
 
 @dataclass(frozen=True, slots=True)

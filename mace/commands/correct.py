@@ -8,7 +8,15 @@ from pathlib import Path
 
 from mace.commands.choices import TOOLS
 from mace.commands.console import Console
-from mace.commands.options import JSON, SinkOptions, with_config, with_format, with_sinks, with_topology
+from mace.commands.options import (
+    JSON,
+    SinkOptions,
+    with_config,
+    with_format,
+    with_sinks,
+    with_store,
+    with_topology,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +30,7 @@ class Options:
     salvage: bool
     topology: Path | None
     sinks: SinkOptions
+    store: Path | None
     config: Path | None
     format: str
 
@@ -39,6 +48,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--salvage", action="store_true", help="skip damaged parts and count the records they held")
     with_topology(parser)
     with_sinks(parser)
+    with_store(parser, "also write the round trips to this store, as a run of its own")
     with_config(parser)
     with_format(parser)
 
@@ -49,6 +59,7 @@ def run(options: Options, console: Console) -> int:
     from mace.commands import settings
     from mace.tools import correct
 
+    settings.refuse_unwritable(options.store, "mace correct")
     session = settings.session(settings.configured(options.config, sinks=options.sinks), options.format, console)
     samples, reader = correct.printed(options.printed, options.tool)
     captured = recording(options.file, FileOptions(options.salvage, options.topology))
@@ -56,7 +67,9 @@ def run(options: Options, console: Console) -> int:
     session.deliver(found.round_trips())
     if options.format == JSON:
         console.json(found.as_dict())
-        return 0
-    correct.print_samples(found)
-    found.tables(console.out())
+    else:
+        correct.print_samples(found)
+        found.tables(console.out())
+    if options.store:
+        session.keep(options.store, found.round_trips(), found.totals)
     return 0

@@ -19,6 +19,7 @@ from mace.commands.options import (
     with_probes,
     with_record,
     with_sinks,
+    with_store,
     with_where,
 )
 
@@ -30,6 +31,7 @@ class Options:
     where: Where
     record: Path | None
     sinks: SinkOptions
+    store: Path | None
     no_probes: bool
     capture: CaptureOptions
     config: Path | None
@@ -45,6 +47,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     with_where(parser)
     with_record(parser)
     with_sinks(parser)
+    with_store(parser, "also write the round trips to this store, as a run of its own")
     with_probes(parser)
     renamed(parser, "--host-path", "the default; --no-probes sends no probes")
     with_capture(parser)
@@ -59,6 +62,7 @@ def run(options: Options, console: Console) -> int:
     from mace.tools.beside import Beside
     from mace.tools.following import Following
 
+    settings.refuse_unwritable(options.store, "mace ping")
     argv, user_clock, stamps_shown = ping.arguments(options.others)
     configured = settings.configured(
         options.config, capture=options.capture, sinks=options.sinks, place=settings.lab_of(options.where.lab)
@@ -77,4 +81,6 @@ def run(options: Options, console: Console) -> int:
         console.json(found.as_dict())
     else:
         found.tables(console.out())
+    if options.store:
+        session.keep(options.store, found.round_trips(), found.totals)
     return one.status

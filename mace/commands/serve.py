@@ -30,6 +30,7 @@ class Options:
     store: Path | None
     listen: str
     readers: ReaderOptions
+    perfetto: str | None
     skip_damaged: bool
     config: Path | None
 
@@ -42,6 +43,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--listen", default=SERVE_AT, metavar="ADDRESS", help="HOST:PORT, or a port of 127.0.0.1 (default %(default)s)"
     )
     with_readers(parser)
+    parser.add_argument(
+        "--perfetto",
+        metavar="URL",
+        help="the Perfetto UI that the page hands traces to (default https://ui.perfetto.dev)",
+    )
     parser.add_argument("--skip-damaged", action="store_true", help="leave out damaged segments, and say how many")
     with_config(parser)
 
@@ -55,13 +61,14 @@ def run(options: Options, console: Console) -> int:
     settings.replaying(options.recordings, options.store)
     where = access.address(options.listen)
     readers = access.access(where[0], options.readers.token_file, options.readers.allow_host)
+    perfetto = access.perfetto_ui(options.perfetto or access.PERFETTO_UI)
     configured = config.load(options.config)
     with settings.store_to_read(options.recordings, options.store, configured) as path:
         ends = {signal.SIGINT, signal.SIGTERM}
         # Before the server's thread begins, which inherits the mask: both signals wait for sigtimedwait.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)
         try:
-            with server.serving(path, where, readers, skip_damaged=options.skip_damaged) as page:
+            with server.serving(path, where, readers, perfetto=perfetto, skip_damaged=options.skip_damaged) as page:
                 console.line(f"{page.url} shows {path}{access.warning(where[0])}; Ctrl-C ends", flush=True)
                 while signal.sigtimedwait(ends, _LOOK_S) is None:
                     page.check()

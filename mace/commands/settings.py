@@ -99,6 +99,14 @@ def _sinks(configured: SinksConfig, options: SinkOptions | None, prometheus: str
     return replace(configured, influxdb=influxdb, prometheus=endpoint)
 
 
+def refuse_unwritable(store: Path | None, who: str) -> None:
+    """Raise `StoreError` if `store` is named and cannot be written: before a measurement whose results belong there."""
+    if store is not None:
+        from storage.embedded import refuse_unwritable as refuse
+
+        refuse(store, who)
+
+
 def with_broker(settings: Config, address: str | None, options: BrokerOptions) -> Config:
     """Return the configuration with the options' MQTT broker. Raises `UsageError` if neither names a broker."""
     mqtt = settings.mqtt

@@ -19,6 +19,7 @@ from mace.commands.options import (
     with_probes,
     with_record,
     with_sinks,
+    with_store,
     with_where,
 )
 
@@ -33,6 +34,7 @@ class Options:
     command: tuple[str, ...]
     no_probes: bool
     sinks: SinkOptions
+    store: Path | None
     capture: CaptureOptions
     config: Path | None
     format: str
@@ -46,6 +48,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="the tool and its arguments, after `--`")
     with_probes(parser)
     with_sinks(parser)
+    with_store(parser, "also write the round trips to this store, as a run of its own")
     with_capture(parser)
     with_config(parser)
     with_format(parser)
@@ -59,6 +62,7 @@ def run(options: Options, console: Console) -> int:
     from mace.tools.following import Following
     from mace.tools.host_probes import HostProbes
 
+    settings.refuse_unwritable(options.store, "mace wrap")
     configured = settings.configured(
         options.config, capture=options.capture, sinks=options.sinks, place=settings.lab_of(options.where.lab)
     )
@@ -83,4 +87,6 @@ def run(options: Options, console: Console) -> int:
     else:
         correct.print_samples(found)
         found.tables(console.out())
+    if options.store:
+        session.keep(options.store, found.round_trips(), found.totals)
     return status

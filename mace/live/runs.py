@@ -22,9 +22,10 @@ from contracts.cpus import CpuReadings
 from contracts.figures import Summary
 from contracts.interfaces import Sink, StreamHeader, StreamItem, StreamSink
 from contracts.records import Batch
-from contracts.results import Results
-from contracts.schema import RoundTrips
+from contracts.results import Results, Rows, Totals
+from contracts.schema import Delays, RoundTrips
 from contracts.vitals import Account, Publishing, Vitals
+from contracts.windowtable import WindowTable
 from correlator import configured
 from mace.live import pipeline
 from mace.live.cpu_readings import cpu_readings
@@ -226,6 +227,17 @@ async def deliver(config: Config, header: StreamHeader, trips: RoundTrips) -> di
         await sink.open(header)
         await sink.write(trips)
     return vitals.accounts
+
+
+async def keep(config: Config, header: StreamHeader, trips: RoundTrips, totals: Totals, store: Path) -> None:
+    """Write round trips of the stream with `header` to a store, as a run with these totals. Raises `StoreError`."""
+    sink = pipeline.embedded_store(config.store, store, rows=False, cpus=None)
+    await sink.open(header)
+    try:
+        await sink.write(Results(Rows(Delays.empty(), WindowTable.empty(), ()), totals))
+        sink.add_round_trips(trips)
+    finally:
+        await sink.aclose()
 
 
 def has_servers(config: Config) -> bool:

@@ -20,7 +20,7 @@ from contracts.figures import Summary
 from contracts.hooks import silent_on
 from contracts.interfaces import StreamHeader, StreamItem, StreamSink
 from contracts.names import printable
-from contracts.results import Results
+from contracts.results import Results, Totals
 from contracts.schema import RoundTrips
 from contracts.vitals import Publishing
 from correlator import configured
@@ -149,6 +149,13 @@ class Session:
             return
         for name, account in asyncio.run(runs.deliver(self._config, self._header, trips)).items():
             self.say(f"{name}: {account.line()}")
+
+    def keep(self, store: Path, trips: RoundTrips, totals: Totals | None) -> None:
+        """Write round trips of the stream observed last, and its totals, to a store as a run (`runs.keep`)."""
+        if self._header is None or totals is None:
+            return
+        asyncio.run(runs.keep(self._config, self._header, trips, totals, store))
+        self.say(f"{store}: {len(trips.rows):,} round trips stored as run {self._header.run}")
 
     def record(self, until: Until, sink: CaptureSink) -> int:
         """Record until `until` ends, with counts on the terminal (`runs.record`); returns the records the ring lost."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 from contracts.config import check_host
 from contracts.errors import ConfigError, UsageError
@@ -27,6 +28,8 @@ from contracts.names import name_of_this_machine
 
 VARIABLE: Final = "MACE_SERVE_TOKEN"
 COOKIE: Final = "mace_token"
+PERFETTO_UI: Final = "https://ui.perfetto.dev"
+"""The Perfetto UI that the page hands traces to, inside the browser."""
 LEAST_TOKEN: Final = 16
 """Least length of a token in characters: nobody guesses 16 random ones over a network."""
 
@@ -88,6 +91,18 @@ def address(listen: str) -> tuple[str, int]:
     except ConfigError as error:
         raise UsageError(str(error)) from error
     return host or "0.0.0.0", int(port)  # noqa: S104 (the user has written an address without a host)
+
+
+def perfetto_ui(address: str) -> str:
+    """Return the address of a Perfetto UI, if it is one that a browser opens. Raises `UsageError`."""
+    try:
+        parts = urlsplit(address)
+        good = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise UsageError(f"Perfetto UI {address!r}: expected an address like {PERFETTO_UI} or http://HOST:PORT/")
+    return address
 
 
 def is_loopback(host: str) -> bool:

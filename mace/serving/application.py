@@ -74,9 +74,9 @@ _FORM_BYTES: Final = 4096
 _FORMATS: Final = ("json", "csv", "parquet")
 
 
-def application(reading: Reading, access: Access) -> ASGIApp:
-    """Return the application over a store."""
-    pages = _Pages(reading, access)
+def application(reading: Reading, access: Access, perfetto: str) -> ASGIApp:
+    """Return the application over a store; `perfetto` is the address of the Perfetto UI."""
+    pages = _Pages(reading, access, perfetto)
     routes = [
         Route("/", pages.page),
         Route("/static/{name}", pages.static),
@@ -123,11 +123,11 @@ class _Guard:
 class _Pages:
     """The routes' endpoints."""
 
-    def __init__(self, reading: Reading, access: Access) -> None:
-        self._reading, self._access = reading, access
+    def __init__(self, reading: Reading, access: Access, perfetto: str) -> None:
+        self._reading, self._access, self._perfetto = reading, access, perfetto
 
     async def page(self, _: Request) -> Response:
-        return HTMLResponse(assets.page(self._reading.path.name))
+        return HTMLResponse(assets.page(self._reading.path.name, self._perfetto))
 
     async def static(self, request: Request) -> Response:
         found = assets.ASSETS.get(request.path_params["name"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,10 @@ from storage.query import StoreReader
 
 MEMORY_MIB: Final = 1024
 """Memory limit of a query; a sort beyond it uses the disk."""
+SHARE_BESIDE: Final = 0.1
+"""CPUs that the views of changes may take, on average, beside a measurement in the same process."""
+_MEMORY_BESIDE_MIB: Final = 256
+"""Memory limit of a query beside a measurement in the same process."""
 _MOST_WAITING: Final = 16
 """Requests that wait for their turn; DuckDB itself uses all CPUs, so that more at once would not be faster."""
 _MOST_KEPT: Final = 64
@@ -29,12 +34,16 @@ class Busy(MaceError):
 
 
 class Reading:
-    """A store's reader for several threads. Raises `StoreError` if there is no store, unless it is `made_later`."""
+    """A store's reader for several threads. Raises `StoreError` if there is no store, unless it is `made_later`.
+
+    With `made_later` the store is written by this process: queries then use one thread and little memory, and pages
+    follow the store as often as `SHARE_BESIDE` allows.
+    """
 
     def __init__(self, store: Path, *, skip_damaged: bool = False, made_later: bool = False) -> None:
         self.path: Final = store
-        self.changes: Final = Changes(store)
-        self._skip_damaged = skip_damaged
+        self.changes: Final = Changes(store, SHARE_BESIDE if made_later else None)
+        self._skip_damaged, self._beside = skip_damaged, made_later
         self._reader = None if made_later else self._opened()
         self._lock = threading.Lock()
         self._closed = False
@@ -42,16 +51,24 @@ class Reading:
         self._kept: OrderedDict[tuple[int, str, Asked], tuple[int, View]] = OrderedDict()
 
     def _opened(self) -> StoreReader:
-        return StoreReader(self.path, skip_damaged=self._skip_damaged, memory_mib=MEMORY_MIB)
+        threads, memory_mib = (1, _MEMORY_BESIDE_MIB) if self._beside else (None, MEMORY_MIB)
+        return StoreReader(self.path, skip_damaged=self._skip_damaged, threads=threads, memory_mib=memory_mib)
 
     def view(self, name: str, asked: Asked) -> View:
         """Return a view (`mace.shown.views.view`). Raises its errors, and `Busy`."""
         with self.reader() as reader:
-            key = (self.changes.state().number, name, asked)
+            number = self.changes.state().number
+            reader.keep(number)
+            key = (number, name, asked)
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key][1]
-            found = views.view(reader, name, asked)
+            begin_s = time.monotonic()
+            try:
+                found = views.view(reader, name, asked)
+            finally:
+                # With one thread no more than that; less where other work has the CPU.
+                self.changes.spend(time.monotonic() - begin_s)
             self._keep(key, found)
             return found
 
@@ -70,6 +87,16 @@ class Reading:
         finally:
             self._waiting.release()
 
+    def warm(self) -> None:
+        """Read what every view needs first, so that the first viewer does not wait for DuckDB's start."""
+        try:
+            with self.reader() as reader:
+                reader.keep(self.changes.state().number)
+                reader.runs()
+                reader.containers()
+        except MaceError:
+            pass  # whoever asks for a view is told
+
     def close(self) -> None:
         """Wait for the query that runs, and refuse all others.
 
@@ -77,6 +104,8 @@ class Reading:
         """
         with self._lock:
             self._closed = True
+            if self._reader is not None:
+                self._reader.close()
 
     def _keep(self, key: tuple[int, str, Asked], found: View) -> None:
         values = sum(map(len, found.columns.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from contracts.errors import MaceError, MissingExtra, Unavailable
-from mace.serving.access import Access
+from mace.serving.access import PERFETTO_UI, Access
 from mace.serving.reading import Reading
 
 try:
@@ -37,9 +38,15 @@ class Page:
 
 @contextmanager
 def serving(
-    store: Path, where: tuple[str, int], access: Access, *, skip_damaged: bool = False, made_later: bool = False
+    store: Path,
+    where: tuple[str, int],
+    access: Access,
+    *,
+    perfetto: str = PERFETTO_UI,
+    skip_damaged: bool = False,
+    made_later: bool = False,
 ) -> Iterator[Page]:
-    """Serve the page of a store for the block.
+    """Serve the page of a store for the block; `perfetto` is the address of the Perfetto UI that the page opens.
 
     With `made_later` the store may appear while the page is served. Raises `StoreError` if there is none otherwise, and
     `Unavailable` if nothing can listen at the address.
@@ -47,11 +54,14 @@ def serving(
     reading = Reading(store, skip_damaged=skip_damaged, made_later=made_later)
     host, port = where
     try:
-        server = HttpServer(where, application(reading, access), most_connections=MOST_CONNECTIONS, request_s=REQUEST_S)
+        app = application(reading, access, perfetto)
+        server = HttpServer(where, app, most_connections=MOST_CONNECTIONS, request_s=REQUEST_S)
     except OSError as error:
         # Python adds the address to its text, in its own notation.
         why = os.strerror(error.errno) if error.errno else str(error)
         raise Unavailable(f"the page at {_told(host, port)}", why, "choose another address or port") from error
+    if not made_later:
+        threading.Thread(target=reading.warm, name="mace-warm", daemon=True).start()
     try:
         yield Page(f"http://{_told(host, server.port)}/", server.port, server)
     finally:

@@ -18,11 +18,11 @@ import pyarrow as pa
 
 from contracts.errors import UsageError, nearest
 from contracts.figures import COUNTS_AS, Distribution, FigureKey, Summary
-from contracts.histogram import MAX_NS, SUB_BITS, lower_bounds, merge, middles
+from contracts.histogram import MAX_NS, SUB_BITS, lower_bounds, merge, middles, quantiles_of_each
 from contracts.ledger import Ledger
 from contracts.schema import Direction, Grades, Segment
 from mace.shown.instants import instant_ns
-from storage.query import Filter, From, OverTime, PacketPath, Run, StoreReader
+from storage.query import ROUND_TRIP_FIGURES, Filter, From, OverTime, PacketPath, Run, StoreReader
 
 MOST_POINTS: Final = 2_000
 """Most stretches of time in a view, more than a screen has columns."""
@@ -266,18 +266,32 @@ def overview(store: StoreReader, asked: Asked) -> View:
     """
     base = _base(store, asked)
     by = ("host", "container", "netns", "direction")
-    found = store.grouped(base.where, by, source=asked.source)
-    over = store.over_time(base.where, by, points=_SPARK_POINTS, source=asked.source, coarse_bits=_COARSE_BITS)
+    over = store.over_time(
+        base.where, by, points=_SPARK_POINTS, source=asked.source, coarse_bits=_COARSE_BITS, whole=True
+    )
     columns: dict[str, list[Any]] = {name: [] for name in (*by, "rate_per_s", *_FIGURES)}
     spark = []
     filled = {at for stretches in over.groups.values() for at in stretches}
     seconds = (max(filled, default=0) - min(filled, default=0) + 1) * over.width_ns / 1e9
-    for group, whole in found.items():
+    for group, whole in over.whole.items():
         stretches = over.groups.get(group, {})
         values = dict(zip(by, group, strict=True))
         _append(columns, values | {"rate_per_s": round(whole.count / seconds, 1)} | whole.as_dict())
-        spark.append([[at, *stretches[at].quantiles((0.5, 0.99))] for at in sorted(stretches)])
+        spark.append(_spark(stretches))
     return View(columns, _noted(store, base.about()) | {"spark": spark, "width_ns": over.width_ns})
+
+
+def _spark(stretches: Mapping[int, Distribution]) -> list[list[int]]:
+    """Return [stretch, p50, p99] of each stretch: `Distribution.quantiles` of all of them at once."""
+    ats = sorted(stretches)
+    if not ats:
+        return []
+    bins, counts = zip(*(stretches[at].histogram() for at in ats), strict=True)
+    edges = np.append(0, np.cumsum([len(each) for each in bins]))
+    found = quantiles_of_each(np.concatenate(bins), np.concatenate(counts), edges, (0.5, 0.99))
+    found = found.clip([stretches[at].min_ns for at in ats], [stretches[at].max_ns for at in ats])
+    points: list[list[int]] = np.stack([ats, *found], axis=1).tolist()
+    return points
 
 
 def devices(store: StoreReader, asked: Asked) -> View:
@@ -364,7 +378,7 @@ def time(store: StoreReader, asked: Asked) -> View:
 def heat(store: StoreReader, asked: Asked) -> View:
     """Return the merged histograms per stretch of time, with eight rows per power of two."""
     base = _base(store, asked)
-    over = _over_time(store, asked, base, _COARSE_BITS)
+    over = _over_time(store, asked, base)
     columns: dict[str, list[Any]] = {name: [] for name in ("utc_ns", "direction", "low_ns", "high_ns", "count")}
     for (direction,), stretches in over.groups.items():
         for at in sorted(stretches):
@@ -386,15 +400,32 @@ def heat_rows(delays: Distribution) -> tuple[list[int], list[int], list[int]]:
     return low.tolist(), high.tolist(), counts.tolist()
 
 
-def _over_time(store: StoreReader, asked: Asked, base: _Base, coarse_bits: int = 0) -> OverTime:
+def _over_time(store: StoreReader, asked: Asked, base: _Base) -> OverTime:
+    """Return what both `time` and `heat` show, so that a reader that keeps results reads it once for a page."""
     return store.over_time(
-        base.where,
-        ("direction",),
-        segments=asked.segments(),
-        points=asked.points,
-        source=asked.source,
-        coarse_bits=coarse_bits,
+        base.where, ("direction",), segments=asked.segments(), points=asked.points, source=asked.source
     )
+
+
+def round_trips(store: StoreReader, asked: Asked) -> View:
+    """Return quantiles of round trips per stretch of time: of the tool, of a host process, and from the outer device.
+
+    `whole` has the same columns of all samples together, without a time, and `samples` the samples by reason.
+    """
+    base = _base(store, asked)
+    over = store.round_trips(base.where, asked.points)
+    named = ("tool", "destination", "figure")
+    columns: dict[str, list[Any]] = {name: [] for name in ("utc_ns", *named, *_FIGURES)}
+    whole: dict[str, list[Any]] = {name: [] for name in (*named, *_FIGURES)}
+    order = {name: number for number, name in enumerate(ROUND_TRIP_FIGURES)}
+    for group, stretches in sorted(over.groups.items(), key=lambda each: (*each[0][:2], order[each[0][2]])):
+        values = dict(zip(named, group, strict=True))
+        for at in sorted(stretches):
+            start = over.first_utc_ns + at * over.width_ns
+            _append(columns, values | {"utc_ns": start} | stretches[at].as_dict())
+        _append(whole, values | sum(stretches.values(), Distribution()).as_dict())
+    about = {"whole": whole, "samples": over.samples, "width_ns": over.width_ns}
+    return View(columns, _noted(store, base.about()) | about)
 
 
 def sources(store: StoreReader, asked: Asked) -> View:
@@ -462,6 +493,7 @@ VIEWS: Final[dict[str, Kind]] = {
     "path": Kind(path, "typical path of each container's packets"),
     "time": Kind(time, "quantiles over time"),
     "heat": Kind(heat, "histograms over time"),
+    "round_trips": Kind(round_trips, "round trips of tools, of a host process and of the outer device, over time"),
     "sources": Kind(sources, "figures by source"),
     "runs": Kind(runs, "capture runs"),
     "packets": Kind(packets, "slowest packets of a region of time and delay"),

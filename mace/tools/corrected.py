@@ -16,7 +16,7 @@ from rich.text import Text
 from contracts.arrays import Ints
 from contracts.figures import Summary
 from contracts.names import printable
-from contracts.results import Results
+from contracts.results import Results, Totals
 from contracts.schema import NOT_TOLD, Crossings, Grade, RoundTripRows, RoundTrips
 from contracts.topology import Device, Role
 from correlator import intervals
@@ -69,6 +69,8 @@ class Observed:
     devices: tuple[Device, ...] = ()
     settled_utc_ns: int = 0
     gaps_utc_ns: list[tuple[int, int]] = field(default_factory=list)
+    totals: Totals | None = None
+    """The run's totals so far."""
     _parts: list[Crossings] = field(default_factory=list)
 
     def add(self, results: Results) -> None:
@@ -76,6 +78,7 @@ class Observed:
         self.summary.add(results)
         rows = results.rows
         self.devices = rows.devices
+        self.totals = results.totals
         self.settled_utc_ns = results.totals.settled_utc_ns
         self.gaps_utc_ns += rows.gaps_utc_ns
         if len(rows.crossings):
@@ -135,6 +138,11 @@ class Corrected:
     """Why the tracer's cost is not known."""
     followed: Followed | None = None
     """How long the tool waited for a CPU; None if it was not followed while it ran."""
+    totals: Totals | None = None
+    """Totals of the run that observed the packets."""
+    container_id: str = ""
+    destination: str = ""
+    """Address that the tool asked; empty if it is not known."""
 
     @classmethod
     def of(
@@ -148,10 +156,12 @@ class Corrected:
         stamps, unknown = reader.stamps, reader.unknown
         corrections = correct(samples, crossings, stamps, observed.gaps_utc_ns, ran_utc_ns)
         name = observed.containers().get(netns, ("", 0))[0]
-        namespace = next((d.netns_name for d in observed.devices if d.netns == netns), "")
+        inner = [d for d in observed.devices if d.netns == netns]
+        namespace = next((d.netns_name for d in inner), "")
         return cls(
             stamps.name, name, samples, corrections, unknown.count, unknown.first, dict(reader.left_out),
-            observed.summary, len(crossings), namespace,
+            observed.summary, len(crossings), namespace, totals=observed.totals,
+            container_id=next((d.container_id for d in inner if d.container_id), ""),
         )  # fmt: skip
 
     def followed_by(self, following: Following, stamps: StampModel, utc_offset_ns: int) -> Corrected:
@@ -203,7 +213,7 @@ class Corrected:
         return self.followed.waited if self.followed else Waited.unknown(len(self.samples))
 
     def round_trips(self) -> RoundTrips:
-        """Return all samples as rows for a database."""
+        """Return all samples as rows for a store or a database."""
         found, samples = self.corrections, self.samples
         paired = found.reason == Reason.PAIRED
         rows = RoundTripRows(
@@ -219,7 +229,8 @@ class Corrected:
             temporal_error_ns=np.where(self.waited.known, self.waited.temporal_error_ns, NOT_TOLD),
             host_rtt_lower_bound_ns=found.host_rtt_lower_bound_ns,
         )
-        return RoundTrips(self.tool, self.container, self.netns, tuple(r.name.lower() for r in Reason), rows)
+        reasons = tuple(r.name.lower() for r in Reason)
+        return RoundTrips(self.tool, self.container, self.netns, reasons, rows, self.container_id, self.destination)
 
     def statistics(self) -> dict[str, dict[str, Any]]:
         """Return count, min, median, mean and max in ns, by the names in `FIGURES` and, if known for any, in `WAITS`.

@@ -24,6 +24,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import PurePath
 from typing import Final
 
@@ -140,6 +141,8 @@ class Ping:
         self._ran_ns: tuple[int, int] | None = None
         """When ping ran, CLOCK_MONOTONIC; None before its end."""
         self._trouble: MaceError | None = None
+        self._destination = ""
+        """Address by ping's first line."""
 
     def measure(self, session: Session, tee: CaptureSink | None) -> Corrected:
         """Run ping under a capture, print its corrected lines as they are settled, and return all corrections."""
@@ -154,6 +157,7 @@ class Ping:
         offset_ns = session.utc_offset_ns
         ran_utc_ns = (self._ran_ns[0] + offset_ns, self._ran_ns[1] + offset_ns) if self._ran_ns else None
         found = Corrected.of(samples, self._observed, self._reader, self._netns, ran_utc_ns)
+        found = replace(found, destination=self._destination)
         found = self._beside.finished(found.followed_by(self._following, self._reader.stamps, offset_ns))
         changed = self._changed(found.corrections)
         self._show(
@@ -222,6 +226,7 @@ class Ping:
         if row is not None:
             probes.requested([time.monotonic_ns()])
         elif begins := _DESTINATION.match(text):
+            self._destination = begins["address"]
             await probes.start(begins["address"], payload_beside(int(begins["payload"])))
 
     def _take(self, results: Results, utc_offset_ns: int) -> None:

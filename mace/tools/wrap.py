@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from ipaddress import ip_address
 from typing import Final
 
@@ -84,7 +85,7 @@ def measure(
     samples, reader = read(tool.said.splitlines(), READERS[reader_name]() if reader_name else None)
     offset_ns = session.utc_offset_ns
     ran_utc_ns = tool.began_ns + offset_ns, tool.ended_ns + offset_ns
-    found = Corrected.of(samples, observed, reader, netns, ran_utc_ns)
+    found = replace(Corrected.of(samples, observed, reader, netns, ran_utc_ns), destination=destination(argv))
     return beside.finished(found.followed_by(following, reader.stamps, offset_ns)), tool.status
 
 

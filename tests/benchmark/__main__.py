@@ -30,6 +30,7 @@ from tests.benchmark import (
     needs,
     offline,
     page,
+    page_cost,
     pcap_pairs,
     perfetto,
     pods,
@@ -86,6 +87,7 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "replay_jobs": replaying.replay_jobs,
     "dask_scaling": replaying.dask_scaling,
     "serve": page.run,
+    "serve_cost": page_cost.run,
     "pods_1000": pods.run,
 }
 

@@ -58,6 +58,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "replay_jobs": (),
     "dask_scaling": (),
     "serve": ("chromium",),
+    "serve_cost": LAB,
     "pods_1000": (),
 }
 """Group -> programs and headers. Python libraries are in the lock; VictoriaMetrics is fetched into the cache."""

@@ -6,21 +6,15 @@ serve_page          kB of the page with all of its parts
 """
 
 import asyncio
-import itertools
 import time
 import urllib.request
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-import numpy as np
-
-from contracts.arrays import Ints
-from contracts.histogram import bins_of, quantiles
 from contracts.ledger import Ledger
-from contracts.schema import Delays
-from contracts.windowtable import WindowTable
-from mace.serving.access import Access
+from correlator.windows import Windows
+from mace.serving.access import PERFETTO_UI, Access
 from mace.serving.server import serving
 from mace.shown.page.assets import ASSETS, page
 from storage.embedded import EmbeddedStore
@@ -47,7 +41,7 @@ def run() -> list[dict[str, Any]]:
         finally:
             browser.close()
         slowest = [max(_answered(store, name) for name in VIEWS) for _ in range(ROUNDS)]
-    size = len(page("x").encode()) + sum(len(asset.read()) for asset in ASSETS.values())
+    size = len(page("x", PERFETTO_UI).encode()) + sum(len(asset.read()) for asset in ASSETS.values())
     return [
         figure("serve_overview", "s", painted),
         figure("serve_view", "s", slowest),
@@ -76,7 +70,7 @@ async def _fill(path: Path) -> None:
     sink = EmbeddedStore(path, fsync=False, flush_interval_s=60.0)
     await sink.open(HEADER)
     start, packets, rows = START_NS, 0, 0
-    devices = topology(CONTAINERS)
+    devices, windows = topology(CONTAINERS), Windows()
     while rows < ROWS:
         delays = make_delays(
             PIECE_PACKETS, containers=CONTAINERS, seed=packets, start_ns=start, first_packet=packets, gap_ns=GAP_NS
@@ -85,33 +79,7 @@ async def _fill(path: Path) -> None:
         packets, rows = packets + PIECE_PACKETS, rows + len(delays)
         ledger = Ledger(records=2 * rows, matched=2 * rows)
         results = make_results(delays, devices=devices, packets=packets, ledger=ledger)
-        await sink.write(with_rows(results, windows=windows(delays)))
+        windows.add(delays.utc_ns, delays.device, delays.direction, delays.segment, delays.delay_ns)
+        # The last piece closes all windows, as a run's end does.
+        await sink.write(with_rows(results, windows=windows.close(start if rows < ROWS else None)))
     await sink.aclose()
-
-
-def windows(delays: Delays, width_s: int = 1) -> WindowTable:
-    """Return the windows of rows, as `tests.made_results.make_windows` does in a loop."""
-    width_ns = width_s * 10**9
-    first = int(delays.utc_ns.min()) // width_ns
-    key = (((delays.utc_ns // width_ns - first) * 1024 + delays.device) * 4 + delays.direction) * 8 + delays.segment
-    bins = bins_of(delays.delay_ns)
-    order = np.lexsort((bins, key))
-    key, bins, delay_ns = key[order], bins[order], delays.delay_ns[order]
-    begins = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])
-    cells = np.flatnonzero(np.r_[True, (key[1:] != key[:-1]) | (bins[1:] != bins[:-1])])
-    counts = np.diff(np.r_[cells, len(bins)])
-    edges: Ints = np.r_[np.searchsorted(cells, begins), len(cells)]
-    own = key[begins]
-    numbers = [
-        (own // (1024 * 4 * 8) + first) * width_ns,
-        np.full(len(own), width_s),
-        own // 32 % 1024,
-        own // 8 % 4,
-        own % 8,
-        np.diff(np.r_[begins, len(key)]),
-        np.add.reduceat(delay_ns, begins),
-        np.minimum.reduceat(delay_ns, begins),
-        np.maximum.reduceat(delay_ns, begins),
-        *np.array([quantiles(bins[cells[a:z]], counts[a:z]) for a, z in itertools.pairwise(edges)]).T,
-    ]
-    return WindowTable(np.array(numbers), edges, bins[cells], counts)

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from mace.lab import HOST, Spec, running
+from mace.shown.views import Asked, view
 from mace.trials.rounds import dithered, median_us
+from storage import sql
+from storage.query import StoreReader
 from tests.measuring import balanced, mace, start, trace_instances, wait_for
 
 pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow]
@@ -39,9 +42,11 @@ def ping(lab, *argv, **options):
 @pytest.fixture(scope="module")
 def run(lab, tmp_path_factory):
     """Run `mace ping` beside a neighbour that pings at the same pace; returns its output and the capture."""
-    capture = tmp_path_factory.mktemp("corrected") / "run.mace"
+    folder = tmp_path_factory.mktemp("corrected")
+    capture = folder / "run.mace"
     with lab.start_ping("c2", count=4 * COUNT, size=64, interval_s=0.01) as neighbour:
-        done = ping(lab, "--record", capture, "--no-probes", "-D", "-c", COUNT, "-i", "0.01")
+        done = ping(lab, "--record", capture, "--store", folder / "store", "--no-probes", "-D", "-c", COUNT,
+                    "-i", "0.01")  # fmt: skip
         neighbour.stop()
     return done.stdout, capture
 
@@ -82,6 +87,27 @@ def test_a_recording_gives_the_same_corrections(run, tmp_path):
     assert live == later
     assert found["not_understood"] == 0
     balanced(found)
+
+
+def test_the_store_has_the_printed_round_trips(run, lab, tmp_path):
+    """So has a store that `mace correct` writes from the recording, and the page's view of it."""
+    shown, capture = run
+    said = tmp_path / "said.txt"
+    said.write_text(as_ping_said(shown))
+    mace("correct", said, capture, "--container", "c1", "--store", tmp_path / "later")
+    printed = [(int(m[1]), *(m[i] for i in range(3, 7))) for m in map(SHOWN.search, shown.splitlines()) if m]
+    for folder, destination in ((capture.parent / "store", lab.address("remote")), (tmp_path / "later", "")):
+        store = StoreReader(folder)
+        rows = sql.table(store, "SELECT * FROM round_trips WHERE reason = 'paired' ORDER BY seq").to_pylist()
+        figures = ("host_rtt_lower_bound_ns", "nic_rtt_ns", "egress_ns", "ingress_ns")
+        assert [(row["seq"], *(f"{row[name] / 1000:,.1f}" for name in figures)) for row in rows] == printed
+        assert {(row["tool"], row["container"], row["destination"]) for row in rows} == {("ping", "c1", destination)}
+        assert {row["host_rtt_ns"] for row in rows} == {None}, "no probes were sent"
+        whole = view(store, "round_trips", Asked(container="c1")).about["whole"]
+        assert whole["count"] == [COUNT] * len(whole["figure"])
+        assert dict(zip(whole["figure"], whole["max_ns"], strict=True))["nic_rtt"] == max(r["nic_rtt_ns"] for r in rows)
+        assert store.ledger().imbalance == 0
+        assert store.ledger().records > 2 * COUNT
 
 
 def test_without_times_the_order_pairs_samples(run, tmp_path):

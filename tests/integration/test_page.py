@@ -1,9 +1,13 @@
 """The page of `mace serve` and of `mace report --html` in a real browser, over a real recording and a live run."""
 
+import http.server
 import json
+import queue
 import re
 import signal
-from urllib.parse import parse_qs, urlencode
+import threading
+from urllib.parse import parse_qs, unquote, urlencode
+from urllib.request import urlopen
 
 import pytest
 
@@ -13,8 +17,10 @@ from mace.lab import Spec, running
 from mace.serving.access import Access
 from mace.serving.server import serving
 from storage import sql
-from storage.query import StoreReader
+from storage.query import Filter, StoreReader
+from tests.browser import LIMIT_S
 from tests.made_results import make_delays, make_results, make_windows, topology
+from tests.made_trips import kept, made_trips
 from tests.measuring import ROOT, mace, start, wait_for
 from tests.nasty_names import NASTY, named_devices
 from tests.unit.storage.stored import fill
@@ -158,6 +164,80 @@ def test_from_a_region_to_a_packet_and_its_trace(browser, url, store, host):
         quiet(page, url)
 
 
+@pytest.fixture
+def perfetto():
+    """A stand-in for the Perfetto UI, on an origin of its own: yields its address and what was handed to it.
+
+    It speaks the documented protocol (perfetto.dev/docs/visualization/deep-linking-to-perfetto-ui): it lets the first
+    messages pass, as the UI does while it loads, then answers PING with PONG, and takes `{perfetto: {buffer, title}}`.
+    """
+    handed = queue.SimpleQueue()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self._answer(200 if self.path == "/" else 404, STAND_IN.encode() if self.path == "/" else b"")
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["content-length"]))
+            handed.put((unquote(self.headers["x-origin"]), unquote(self.headers["x-title"]), body))
+            self._answer(200, b"")
+
+        def _answer(self, status, body):
+            self.send_response(status)
+            self.send_header("content-type", "text/html; charset=utf-8")
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        serving_thread = threading.Thread(target=server.serve_forever)
+        serving_thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/", handed
+        finally:
+            server.shutdown()
+            serving_thread.join()
+
+
+STAND_IN = """<!doctype html><title>stand-in</title><script>
+let early = 3;
+window.addEventListener("message", (event) => {
+  if (event.source !== window.opener) return;
+  if (event.data === "PING") {
+    if (early-- <= 0) event.source.postMessage("PONG", event.origin);
+  } else if (event.data.perfetto) {
+    const { buffer, title } = event.data.perfetto;
+    const headers = { "x-origin": encodeURIComponent(event.origin), "x-title": encodeURIComponent(title) };
+    fetch("/handed", { method: "POST", headers, body: buffer });
+  }
+});
+</script>"""
+
+
+def test_the_button_hands_the_trace_to_the_perfetto_ui(browser, store, host, perfetto):
+    address, handed = perfetto
+    worst = StoreReader(store).worst(1, Filter(container="c1"))[0]
+    asked = {"packet": worst.packet, "run": worst.run, "host": host}
+    with serving(store, ANYWHERE, OPEN, perfetto=address) as served, browser.page() as page:
+        page.shown(f"{served.url}#/packet?{urlencode(asked)}")
+        button = "document.querySelector('.trace button')"
+        assert page.js(f"{button}.textContent") == f"open in {address.removeprefix('http://').removesuffix('/')}"
+        page.js(f"{button}.focus()")
+        page.press("Enter")
+        origin, title, trace = handed.get(timeout=LIMIT_S)
+        assert origin == served.url.removesuffix("/")
+        assert title == f"MACE packet {worst.packet}"
+        with urlopen(f"{served.url}api/trace?{urlencode(asked)}") as answer:
+            assert trace == answer.read()
+        assert len(trace) > 1000
+        page.until("document.querySelector('.trace [role=status]').textContent.includes('has the trace')")
+        assert handed.empty(), "it is handed over once, however often the UI answers"
+        quiet(page, served.url)
+
+
 def test_a_part_of_the_time_is_drawn_from_its_own_histograms(browser, url, store, host):
     times = sql.table(StoreReader(store), "SELECT min(epoch_ns(time)) AS a, max(epoch_ns(time)) AS b FROM delays")
     [(first, last)] = [(row["a"], row["b"]) for row in times.to_pylist()]
@@ -175,6 +255,30 @@ def test_a_part_of_the_time_is_drawn_from_its_own_histograms(browser, url, store
         page.js("document.querySelector('#range button[aria-label=\"zoom out\"]').click()")
         page.until(f"document.body.dataset.shown && !document.body.dataset.shown.includes('{middle}')")
         quiet(page, url)
+
+
+def test_round_trips_are_drawn_where_there_are_any(browser, tmp_path):
+    delays = make_delays(400, containers=2)
+    fill(tmp_path, [make_results(delays, containers=2, windows=make_windows(delays))])
+    kept(tmp_path, made_trips())
+    with serving(tmp_path, ANYWHERE, OPEN) as served, browser.page() as page:
+        page.shown(f"{served.url}#/container?container=c1&host=testhost")
+        section = "document.querySelector('section[data-view=round_trips]')"
+        rows = sql.table(StoreReader(tmp_path), "SELECT * FROM round_trips WHERE reason = 'paired'")
+        # The chart's legend is a table, too.
+        shown = {row[2]: row for row in table(page, "round_trips") if len(row) == 8}
+        assert list(shown) == ["tool RTT", "host RTT", "host RTT, lower bound", "NIC RTT", "egress", "ingress"]
+        for name, column in (("tool RTT", "tool_rtt_ns"), ("NIC RTT", "nic_rtt_ns")):
+            expected = ["ping", "203.0.113.2", f"{len(rows)}", us(max(rows[column].to_pylist()))]
+            assert [*shown[name][:2], shown[name][3], shown[name][7]] == expected
+        assert page.js(f"{section}.querySelectorAll('canvas').length") == 1
+        legend = page.js(f"[...{section}.querySelectorAll('.u-label')].map(each => each.textContent)")
+        assert legend[1:] == ["tool RTT", "host RTT", "host RTT, lower bound", "NIC RTT"]
+        assert "samples: no reply 2 · paired 398" in page.js(f"{section}.innerText")
+        assert "lost 3" in page.js("document.querySelector('footer').innerText")
+        page.shown(f"{served.url}#/container?container=c0&host=testhost")
+        assert page.js(f"{section}.hidden")
+        quiet(page, served.url)
 
 
 def test_the_keyboard_alone(browser, url):

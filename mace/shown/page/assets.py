@@ -45,11 +45,11 @@ def _template(name: str) -> Template:
     return Template(Asset(name, "text/html").text())
 
 
-def page(title: str) -> str:
-    """Return the page that reads its views from the server."""
+def page(title: str, perfetto: str) -> str:
+    """Return the page that reads its views from the server; `perfetto` is the address of the Perfetto UI."""
     head = "".join(f'<link rel="stylesheet" href="static/{asset.name}">\n' for asset in _STYLES)
     body = "".join(f'<script src="static/{asset.name}"></script>\n' for asset in _SCRIPTS)
-    return _template("page.html").substitute(title=_escaped(title), head=head, body=body)
+    return _template("page.html").substitute(title=_escaped(title), perfetto=_escaped(perfetto), head=head, body=body)
 
 
 def token_page(*, wrong: bool = False) -> str:
@@ -79,7 +79,7 @@ def one_file(title: str, views: dict[str, Any], tables: str) -> str:
         f'<script type="application/json" id="mace-data">{data}</script>\n'
         + "".join(f"<script>{text}</script>\n" for text in scripts)
     )
-    return _template("page.html").substitute(title=_escaped(title), head=head, body=body)
+    return _template("page.html").substitute(title=_escaped(title), perfetto="", head=head, body=body)
 
 
 def _hashes(texts: list[str]) -> str:

@@ -99,6 +99,44 @@
     }
   };
 
+  // One chart per tool and destination: the medians of the round trips, one line each.
+  mace.drawRoundTrips = (place, view, rows, names) => {
+    const shown = ["tool_rtt", "host_rtt", "host_rtt_lower_bound", "nic_rtt"];
+    const key = (row) => JSON.stringify([row.tool, row.destination]);
+    for (const group of [...new Set(rows.map(key))]) {
+      const mine = rows.filter((row) => key(row) === group);
+      const [tool, destination] = JSON.parse(group);
+      const drawn = shown.filter((figure) => mine.some((row) => row.figure === figure));
+      const x = [...new Set(mine.map((row) => row.utc_ns))].sort((a, b) => a - b);
+      const at = new Map(x.map((time, i) => [time, i]));
+      const lines = drawn.map(() => x.map(() => null));
+      for (const row of mine) if (drawn.includes(row.figure)) lines[drawn.indexOf(row.figure)][at.get(row.utc_ns)] = Math.max(row.p50_ns, 1);
+      place.append(node("h3", {}, mace.printable(`${tool}${destination && ` to ${destination}`}: medians`)));
+      new uPlot(
+        {
+          ...size(place, 220),
+          tzDate: utc,
+          cursor: { drag: { x: false, y: false } },
+          scales: { y: logarithmic(...decades(lines.flat().filter((v) => v !== null))) },
+          series: [
+            { label: "time, UTC", value: (_, v) => (v === null ? "" : mace.time(v * 1e9)) },
+            ...drawn.map((figure) => ({
+              label: names[figure],
+              stroke: palette[shown.indexOf(figure)],
+              width: 1.5,
+              dash: figure === "host_rtt_lower_bound" ? [6, 4] : undefined,
+              points: { show: x.length < 3 },
+              value: (_, v) => (v === null ? "" : mace.delay(v)),
+            })),
+          ],
+          axes: axes([{ values: times, space: 80 }, { size: 64, values: powers }]),
+        },
+        [x.map((time) => time / 1e9), ...lines],
+        place,
+      );
+    }
+  };
+
   // The heat map: a rectangle per stretch of time and row of delays, its opacity the logarithm of the count.
   mace.drawHeat = (place, view, brushed) => {
     const { utc_ns: at, low_ns: low, high_ns: high, count } = view.columns;

@@ -61,6 +61,9 @@ def held(store: StoreReader, asked: Asked, most: int) -> dict[str, Any]:
 def _of_container(store: StoreReader, asked: Asked) -> dict[str, Any]:
     place = {name: value for name, value in (("container", asked.container), ("host", asked.host)) if value}
     found = {key(name, **place): views.view(store, name, asked).as_dict() for name in _OF_CONTAINER}
+    trips = views.view(store, "round_trips", asked)
+    if trips.about["samples"]:
+        found[key("round_trips", **place)] = trips.as_dict()
     slowest = views.view(store, "packets", replace(asked, limit=_SLOWEST))
     found[key("packets", **place, limit=_SLOWEST)] = slowest.as_dict()
     about = {name: value for name, value in slowest.about.items() if name != "found"}

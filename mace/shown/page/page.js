@@ -78,7 +78,8 @@
   const owner = (row, view) => `${severalHosts(view) ? `${row.host}/` : ""}${row.container || row.netns}`;
 
   // Sections ---------------------------------------------------------------------------------------------
-  // A section: { title, view, asked, draw(place, view, state) }. `state` lasts as long as the page is shown.
+  // A section: { title, view, asked, draw(place, view, state), empty(view) }. `state` lasts as long as the page is shown;
+  // a section whose view is `empty` is hidden.
 
   SECTIONS_OF.overview = (asked) => [
     {
@@ -192,6 +193,7 @@
       },
       { title: "Distributions, device by device", view: "distributions", asked: its, draw: mace.drawDistributions },
       { title: "Device by device, in the order of the path", view: "devices", asked: its, draw: drawDevices(asked) },
+      { title: "Round trips of tools", view: "round_trips", asked: its, draw: drawRoundTrips, empty: (view) => !Object.keys(view.samples).length },
       { title: "Slowest packets", view: "packets", asked: { ...its, limit: 20 }, draw: drawPackets },
       { title: "Sources side by side", view: "sources", asked: its, draw: drawSources },
     ];
@@ -293,6 +295,22 @@
     };
   }
 
+  const RTT = { tool_rtt: "tool RTT", host_rtt: "host RTT", host_rtt_lower_bound: "host RTT, lower bound", nic_rtt: "NIC RTT", egress: "egress", ingress: "ingress" };
+  function drawRoundTrips(place, view) {
+    const rows = mace.rows(view);
+    place.append(node("p", {}, `samples: ${Object.entries(view.samples).map(([reason, count]) => `${printable(reason.replaceAll("_", " "))} ${mace.count(count)}`).join(" · ")}`));
+    mace.drawRoundTrips(place, view, rows, RTT);
+    const whole = mace.rows({ columns: view.whole });
+    if (!whole.length) return;
+    place.append(
+      table(
+        ["tool", "destination", "figure", "samples", ...FIGURES.slice(1)],
+        whole.map((row) => [name(row.tool), name(row.destination), { text: RTT[row.figure] || row.figure }, ...figures(row)]),
+        "round trips",
+      ),
+    );
+  }
+
   function drawSources(place, view) {
     const rows = mace.rows(view);
     if (view.sources.length < 2) {
@@ -338,10 +356,11 @@
   // The trace of a packet: a download, or handed to the Perfetto UI in another tab. Only this button opens another origin.
   function traceForm(asked) {
     const address = mace.address("trace", asked);
-    const origin = "https://ui.perfetto.dev";
+    const ui = document.querySelector("meta[name=perfetto-ui]").content;
+    const { origin, host } = new URL(ui);
     const said = node("span", { role: "status", class: "dim" });
     const hand = async () => {
-      const opened = window.open(origin);
+      const opened = window.open(ui);
       if (!opened) {
         said.textContent = "The browser has blocked the window: download the trace and open it there.";
         return;
@@ -354,17 +373,27 @@
       }
       const buffer = await answer.arrayBuffer();
       // Perfetto's protocol: PING until the UI answers PONG, then the trace.
-      const ping = setInterval(() => opened.postMessage("PING", origin), 50);
-      const listen = (event) => {
-        if (event.source !== opened || event.origin !== origin || event.data !== "PONG") return;
+      const stop = () => {
         clearInterval(ping);
         window.removeEventListener("message", listen);
+      };
+      const ping = setInterval(() => {
+        if (!opened.closed) {
+          opened.postMessage("PING", origin);
+          return;
+        }
+        stop();
+        said.textContent = "The window of the Perfetto UI was closed before it was ready.";
+      }, 50);
+      const listen = (event) => {
+        if (event.source !== opened || event.origin !== origin || event.data !== "PONG") return;
+        stop();
         opened.postMessage({ perfetto: { buffer, title: `MACE packet ${asked.packet}` } }, origin);
         said.textContent = "The Perfetto UI has the trace; the trace does not leave this browser.";
       };
       window.addEventListener("message", listen);
     };
-    return node("p", { class: "trace" }, node("a", { href: address, download: "" }, "Perfetto trace of this packet and its neighbours"), " ", node("button", { type: "button", onclick: hand }, "open in ui.perfetto.dev"), " ", said);
+    return node("p", { class: "trace" }, node("a", { href: address, download: "" }, "Perfetto trace of this packet and its neighbours"), " ", node("button", { type: "button", onclick: hand }, `open in ${host}`), " ", said);
   }
 
   // Every view's data --------------------------------------------------------------------------------------
@@ -459,6 +488,7 @@
     const focused = section.body.contains(before) ? [before.tagName, before.textContent, before.getAttribute("aria-label")] : null;
     if (keeps(section, before)) return;
     const fresh = node("div", { class: "chart" });
+    section.body.closest("section").hidden = Boolean(section.empty?.(view));
     section.body.replaceWith(fresh);
     section.body = fresh;
     section.draw(fresh, view, section.state);

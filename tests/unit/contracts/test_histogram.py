@@ -42,3 +42,12 @@ def test_an_empty_histogram_has_no_quantile():
     empty = np.zeros(0, np.int64)
     assert h.quantiles(empty, empty).tolist() == [0, 0, 0, 0]
     assert [part.tolist() for part in h.merge(empty, empty)] == [[], []]
+
+
+@given(st.lists(st.lists(st.integers(0, h.MAX_NS), min_size=1, max_size=30), min_size=1, max_size=8))
+def test_quantiles_of_many_histograms_equal_those_of_each(values):
+    each = [np.unique(h.bins_of(np.array(one)), return_counts=True) for one in values]
+    bins, counts = (np.concatenate(part) for part in zip(*each, strict=True))
+    edges = np.append(0, np.cumsum([len(one) for one, _ in each]))
+    found = h.quantiles_of_each(bins, counts, edges)
+    assert found.T.tolist() == [h.quantiles(*one).tolist() for one in each]

@@ -13,6 +13,7 @@ from contracts.topology import Sharer
 from contracts.windowtable import WindowTable
 from storage import tables
 from tests.made_results import HEADER, make_delays, make_results, make_stages, make_windows, topology
+from tests.made_trips import made_trips
 
 
 def rows_of(table):
@@ -82,6 +83,7 @@ def test_the_file_has_the_declared_types(table):
         "softirqs": lambda: tables.softirqs_table(
             HEADER, [SoftirqCounts(5, 3, 7, 6, 5, 4, 3, 2, np.array([1, 4351]), np.array([1, 1 << 40]))]
         ),
+        "round_trips": lambda: tables.round_trips_table(HEADER, made_trips(20)),
     }[table]()
     read = pq.read_table(io.BytesIO(tables.encode(rows, table)))
     assert read.schema.names == [c.name for c in tables.COLUMNS[table]]

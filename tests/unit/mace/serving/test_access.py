@@ -99,3 +99,18 @@ def test_who_is_admitted():
         assert not found.admits(headers)
     assert TOKEN not in found.cookie()
     assert Access(frozenset()).admits({})
+
+
+@pytest.mark.parametrize(
+    "given", ["https://ui.perfetto.dev", "http://127.0.0.1:10000/", "https://tools.example/perfetto/"]
+)
+def test_an_address_of_a_perfetto_ui(given):
+    assert access.perfetto_ui(given) == given
+
+
+@pytest.mark.parametrize(
+    "given", ["", "ui.perfetto.dev", "javascript:alert(1)", "file:///x", "https://", "http://h:99999"]
+)
+def test_no_address_of_a_perfetto_ui(given):
+    with pytest.raises(UsageError, match="Perfetto UI"):
+        access.perfetto_ui(given)

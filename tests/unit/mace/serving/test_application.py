@@ -24,6 +24,7 @@ from mace.shown import views
 from mace.shown.page.assets import ASSETS
 from mace.shown.views import Asked
 from tests.made_results import START_NS, make_delays, make_results, make_windows
+from tests.made_trips import kept, made_trips
 from tests.measuring import wait_for
 from tests.unit.storage.stored import fill
 
@@ -38,7 +39,14 @@ def path(tmp_path_factory):
     made = tmp_path_factory.mktemp("store")
     delays = make_delays(400, containers=2)
     fill(made, [make_results(delays, containers=2, windows=make_windows(delays))])
+    kept(made, made_trips(container="c0"))
     return made
+
+
+@pytest.fixture
+def reader(path):
+    with closing(Reading(path)) as reading:
+        yield reading
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +98,7 @@ def test_a_foreign_name_is_refused(port):
 
 
 @pytest.mark.slow
-def test_every_view_is_listed_and_is_the_same_in_every_format(port, path):
-    reader = Reading(path)
+def test_every_view_is_listed_and_is_the_same_in_every_format(port, reader):
     assert json.loads(ask(port, "/api/")[2]).keys() == views.VIEWS.keys()
     slowest = json.loads(ask(port, "/api/packets?limit=1")[2])["columns"]
     for name in views.VIEWS:
@@ -249,27 +256,24 @@ def test_ten_viewers_get_the_same_beside_some_that_do_not_read(port):
     assert len({body for _, _, body in answers}) == 1
 
 
-def test_views_are_read_once_for_many_viewers(path, monkeypatch):
+def test_views_are_read_once_for_many_viewers(reader, monkeypatch):
     made = []
     monkeypatch.setattr(reading_module.views, "view", lambda *asked: made.append(asked) or views.View({"count": [1]}))
-    reader = Reading(path)
     for _ in range(10):
         reader.view("time", Asked(container="c0"))
     reader.view("time", Asked(container="c1"))
     assert len(made) == 2
 
 
-def test_what_is_kept_is_bounded(path, monkeypatch):
+def test_what_is_kept_is_bounded(reader, monkeypatch):
     monkeypatch.setattr(reading_module.views, "view", lambda *_: views.View({"count": [1] * 1000}))
     monkeypatch.setattr(reading_module, "_MOST_VALUES", 5000)
-    reader = Reading(path)
     for points in range(1, 200):
         reader.view("time", Asked(points=points))
     assert sum(values for values, _ in reader._kept.values()) <= 5000
 
 
-def test_too_many_requests_at_once_are_refused_at_once(path):
-    reader = Reading(path)
+def test_too_many_requests_at_once_are_refused_at_once(reader):
     entered, leave = threading.Event(), threading.Event()
 
     def hold():
@@ -293,7 +297,7 @@ def test_too_many_requests_at_once_are_refused_at_once(path):
         leave.set()
         for each in (holder, *waiting):
             each.join()
-    assert reader.view("runs", Asked()).columns["run"] == ["run-1"]
+    assert reader.view("runs", Asked()).columns["run"] == ["ping-1", "run-1"]
 
 
 @pytest.mark.slow
@@ -310,8 +314,7 @@ def test_a_thousand_connections_leave_the_page_working(port):
             each.close()
 
 
-def test_closing_waits_for_the_query_that_runs(path):
-    reader = Reading(path)
+def test_closing_waits_for_the_query_that_runs(reader):
     entered, leave, left = threading.Event(), threading.Event(), threading.Event()
 
     def hold():

@@ -1,19 +1,23 @@
 import json
+import shutil
 from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from contracts.errors import UsageError
+from contracts.figures import Distribution
 from contracts.ledger import Ledger
 from contracts.schema import Direction, Segment
+from correlator.windows import Windows
 from mace.shown import packet_trace, views
 from mace.shown.views import Asked, view
-from storage import sql
+from storage import segments, sql, tables
 from storage.query import Filter, StoreReader
 from tests import trace_processor
-from tests.made_results import START_NS, header, make_delays, make_results, make_windows
+from tests.made_results import START_NS, header, make_delays, make_results, make_windows, with_rows
 from tests.unit.storage.stored import fill
 
 PACKETS = 1000
@@ -102,9 +106,109 @@ def test_long_ranges_are_read_from_wide_windows_with_the_same_figures(tmp_path):
     assert sum(each.count for each in reader.grouped(short, ("direction",)).values()) == int(inside.sum())
 
 
+def windows_of(delays, before_ns=None):
+    """Return the windows that a run has stored when it has stored these rows; all of them if it has ended."""
+    windows = Windows()
+    windows.add(delays.utc_ns, delays.device, delays.direction, delays.segment, delays.delay_ns)
+    return windows.close(before_ns)
+
+
+def histograms(groups):
+    return {
+        key: (each.count, each.sum_ns, each.min_ns, each.max_ns, *(part.tolist() for part in each.histogram()))
+        for key, each in groups.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def minutes(tmp_path_factory):
+    """A store with eight minutes of rows and windows: a run that has ended, and one that was killed."""
+    made = tmp_path_factory.mktemp("minutes")
+    ended = make_delays(2000, containers=2, gap_ns=240_000_000)
+    fill(made, [with_rows(make_results(ended, containers=2), windows=windows_of(ended))])
+    live = make_delays(2000, containers=2, gap_ns=240_000_000, seed=1)
+    results = with_rows(make_results(live, containers=2), windows=windows_of(live, START_NS + 333 * 10**9))
+    fill(made, [results], "run-2", head=header("run-2"))
+    newest = segments.listing(made, "ledger")[-1]
+    rewritten = pq.ParquetFile(newest.path).read()
+    closed = rewritten.schema.get_field_index("closed")
+    rewritten = rewritten.set_column(closed, rewritten.schema.field(closed), pa.array([False] * len(rewritten)))
+    newest.path.write_bytes(tables.encode(rewritten, "ledger"))
+    return made
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        Filter(),
+        Filter(run="run-2"),
+        Filter(container="c1"),
+        Filter(since_ns=START_NS + 101_234_567_891, until_ns=START_NS + 399_999_999_999),
+        Filter(since_ns=START_NS + 340 * 10**9),
+        Filter(until_ns=START_NS + 20 * 10**9),
+        Filter(since_ns=START_NS + 7 * 10**9, until_ns=START_NS + 9 * 10**9, direction=Direction.EGRESS),
+    ],
+)
+def test_rows_and_the_windows_that_stand_for_them_have_the_same_delays(minutes, where):
+    reader = StoreReader(minutes)
+    by = ("host", "container", "direction", "source")
+    rows = reader.grouped(where, by, source="rows")
+    assert rows
+    assert histograms(reader.grouped(where, by)) == histograms(rows)
+    over = reader.over_time(where, by, points=5, whole=True)
+    assert histograms(over.whole) == histograms(rows)
+    assert histograms({key: sum(each.values(), Distribution()) for key, each in over.groups.items()}) == histograms(
+        rows
+    )
+
+
+@pytest.mark.parametrize("since_s", [None, 95])
+def test_windows_stand_for_rows_wherever_they_are_complete(minutes, tmp_path, since_s):
+    """Rows that lie in a complete window are not read: here they are gone."""
+    copy = shutil.copytree(minutes, tmp_path / "copy")
+    since = None if since_s is None else START_NS + since_s * 10**9
+    before = histograms(StoreReader(copy).grouped(Filter(since_ns=since)))
+    for each in segments.listing(copy, "delays"):
+        stored = pq.ParquetFile(each.path).read()
+        ns = stored["time"].cast(pa.int64()).to_numpy()
+        read = ns >= START_NS + 330 * 10**9
+        if since is not None:
+            read |= (ns >= since) & (ns < START_NS + 100 * 10**9)
+        each.path.write_bytes(tables.encode(stored.filter(pa.array(read)), "delays"))
+    assert histograms(StoreReader(copy).grouped(Filter(since_ns=since))) == before
+
+
+def test_a_reader_forgets_segments_that_were_merged(minutes):
+    reader = StoreReader(minutes)
+    names = reader.containers()
+    [one, *_] = reader._seen.values()
+    reader._seen |= {minutes / f"{number}.parquet": one for number in range(10_000)}
+    assert reader.containers() == names
+    assert set(reader._seen) == {each.path for each in reader.segments("windows")}
+
+
+def test_a_reader_that_keeps_results_reads_anew_when_the_store_has_changed(tmp_path):
+    delays = make_delays(200)
+    fill(tmp_path, [make_results(delays, windows=make_windows(delays))])
+    reader = StoreReader(tmp_path)
+    reader.keep(1)
+    first = reader.over_time(points=3)
+    for points in (3, 4, 5, 6, 3):
+        assert (reader.over_time(points=points) is first) == (points == 3)
+    assert reader.over_time(points=7) is not first
+    assert reader.over_time(points=3) is not first, "the oldest of four was left out"
+    fill(tmp_path, [make_results(delays, windows=make_windows(delays))], "run-2", head=header("run-2"))
+    assert [r.run for r in reader.runs()] == ["run-1"]
+    reader.keep(2)
+    assert [r.run for r in reader.runs()] == ["run-1", "run-2"]
+    assert reader.over_time(points=3) != first
+    reader.close()
+    assert len(reader.runs()) == 2
+
+
 @pytest.mark.parametrize("source", ["rows", "windows"])
 def test_the_heat_maps_rows_are_whole_bins(store, source):
-    """The heat map merges bins while it reads: the counts are those of the full histograms, row by row."""
+    """The counts are those of the full histograms, row by row."""
     asked = Asked(container="c1", run="run-1", points=5, figures=source)
     full = store.over_time(asked.filter(0), ("direction",), points=5, source=source)
     expected = [
@@ -181,7 +285,8 @@ def test_every_view_has_its_ledger_and_its_losses(name, tmp_path):
     assert about["losses"] == ["1,234 records were lost in the kernel's ring: the figures are without them."]
 
 
-@pytest.mark.parametrize("name", [name for name in views.VIEWS if name != "packet"])
+# `tests/unit/storage/test_round_trips.py` has a store with round trips.
+@pytest.mark.parametrize("name", [name for name in views.VIEWS if name not in {"packet", "round_trips"}])
 def test_an_empty_view_has_the_same_columns_and_types(name, store):
     nothing = view(store, name, Asked(since="1000000000000000000", until="1000000000000000001"))
     full = view(store, name, Asked())
