@@ -58,9 +58,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: Options, console: Console) -> int:
     """Run ping under a capture and print its corrected lines; returns ping's exit status."""
     from mace.commands import settings
-    from mace.tools import host_pings, ping
+    from mace.tools import ping
     from mace.tools.beside import Beside
     from mace.tools.following import Following
+    from mace.tools.host_probes import HostProbes
 
     settings.refuse_unwritable(options.store, "mace ping")
     argv, user_clock, stamps_shown = ping.arguments(options.others)
@@ -70,7 +71,7 @@ def run(options: Options, console: Console) -> int:
     as_json = options.format == JSON
     with settings.namespace(options.where, configured) as netns_fd:
         session = settings.session(configured, options.format, console)
-        beside = Beside(host_pings.probes(argv, netns_fd, configured.capture.host_netns), send=not options.no_probes)
+        beside = Beside(HostProbes(netns_fd, configured.capture.host_netns), send=not options.no_probes)
         with Following.opened() as following:
             one = ping.Ping(
                 argv, netns_fd, following, beside, user_clock=user_clock, stamps_shown=stamps_shown, quiet=as_json

@@ -45,8 +45,6 @@ _ARRIVALS: Final = ALONG[Way.RECEIVE]
 _EVER: Final = 1 << 62
 _LATEST_NS: Final = 5_000_000
 """A probe without a record within this time after its send is left out."""
-_LATE_STAMP_NS: Final = 500_000
-"""ping stamps its line at most so much later than the reply has arrived; otherwise the round trip is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +212,6 @@ class Probe:
     """Of a container's probe: hooks of those within the overhead on the way out."""
     ingress: tuple[int, ...] = ()
     """And on the way in."""
-    rtt_ns: int = 0
-    """Its round trip."""
 
 
 def timed(sent_ns: int, rtt_ns: int, seen: ProbeRecords, inner: str | None, outer: str) -> Probe | None:
@@ -227,39 +223,12 @@ def timed(sent_ns: int, rtt_ns: int, seen: ProbeRecords, inner: str | None, oute
     if not len(found):
         return None
     far_ns = int(found.beyond[0] + found.answer[0]) if len(found.answer) else -1
-    return _probe(sent_ns, rtt_ns, seen, inner, outer, (int(found.send[0]), int(found.device[0]), far_ns))
-
-
-def pinged(stamp_ns: int, rtt_ns: int, seen: ProbeRecords, inner: str | None, outer: str) -> Probe | None:
-    """Return the times of one round trip of ping, whose line has that stamp; None if a record of its way is missing.
-
-    ping prints neither when it sent nor when the reply arrived. The kernel's stamp of the reply, with which the round
-    trip ends, is the time of the reply's first record at the sender's own device. `stamp_ns`: CLOCK_MONOTONIC.
-    """
-    from_ns = stamp_ns - rtt_ns - _LATE_STAMP_NS
-    found = stretches([from_ns], seen, inner, outer)
-    if not len(found):
-        return None
-    queued_ns = from_ns + int(found.send[0])
-    left_ns = queued_ns + int(found.device[0] + found.beyond[0])
-    times, hooks, devices = seen.ts_ns.tolist(), seen.hook.tolist(), seen.device.tolist()
-    reply = _first(times, hooks, devices, (left_ns, stamp_ns), inner or outer, _ARRIVALS)
-    if reply is None:
-        return None
-    sent_ns = times[reply] - rtt_ns
-    far_ns = int(found.beyond[0] + found.answer[0]) if len(found.answer) else -1
-    return _probe(sent_ns, rtt_ns, seen, inner, outer, (queued_ns - sent_ns, int(found.device[0]), far_ns))
-
-
-def _probe(
-    sent_ns: int, rtt_ns: int, seen: ProbeRecords, inner: str | None, outer: str, times_ns: tuple[int, int, int]
-) -> Probe:
-    """Return a probe with these times over send, device and far end."""
     within = seen.between(sent_ns, sent_ns + rtt_ns)
-    probe = Probe(inner is not None, *times_ns, hooks=tuple(within.hook.tolist()), rtt_ns=rtt_ns)
+    hooks = tuple(within.hook.tolist())
+    probe = Probe(inner is not None, int(found.send[0]), int(found.device[0]), far_ns, hooks)
     if inner is None:
         return probe
-    out, back = _in_devices(within, sent_ns + times_ns[0], outer)
+    out, back = _in_devices(within, sent_ns + int(found.send[0]), outer)
     return replace(probe, egress=out, ingress=back)
 
 

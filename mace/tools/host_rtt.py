@@ -11,17 +11,11 @@ for a run. The stretches of the term come from here:
     send           probes of the host    probes of the container: the tool's clock is read outside the kernel
     device, far    probes of the host    the tool's own packets, which have the same records
 
-*Direct*: where the tool is ping, the probes are pings at its pace, and the host's are what a host process measures. The
-term is then the difference of medians, without a model of stretches:
-
-    host path term = median round trip of the host's pings - median lower bound
-
-Below a pace of 20 ms other probes are many times rarer than the tool's packets, and find caches that are as warm as the
+Below a pace of 20 ms probes are many times rarer than the tool's packets, and find caches that are as warm as the
 tool's only in part. There the container's side of each stretch is its probes.
 
 The interval of the median is a bootstrap of all three: each draw draws samples (in blocks, `correlator.intervals`),
-probes of the host, probes of the container, and the cost. It is widened by Student's t for few probes. With the direct
-term the samples' median cancels: the interval is that of the host's pings and the cost.
+probes of the host, probes of the container, and the cost. It is widened by Student's t for few probes.
 """
 
 from __future__ import annotations
@@ -42,9 +36,7 @@ from mace.tools.host_path import Probe
 
 FEWEST: Final = 3
 """Fewest probes of each side for a term."""
-PING, PROBER, CALIBRATION = "ping", "prober", "calibration"
-_PING_UNIT_NS: Final = 1000
-"""ping prints round trips below 10 ms in whole microseconds."""
+PROBER, CALIBRATION = "prober", "calibration"
 _DRAWS: Final = 1000
 _MOST_SAMPLES: Final = 400
 """Samples in a draw. More are thinned evenly, and the deviations of their medians divided by the root of the ratio."""
@@ -131,7 +123,7 @@ class HostRtt:
     probes: tuple[int, int]
     """Probes of the host and of the container with records on their whole way."""
     probed_by: str
-    """"ping" for the direct term, "prober" for the one by stretches, "calibration" for one that was kept."""
+    """"prober" for a term by the probes beside the tool, "calibration" for one that was kept."""
     cost_ns: float | None
     """The tracer's cost in a host's round trip; None if it is not known, and then not subtracted."""
     median: intervals.Interval
@@ -170,7 +162,7 @@ class HostRtt:
 
         The keys are term_ns, term_ci95_ns, send_ns, device_ns, far_end_ns, tracer_cost_ns, tracer_cost_ci95_ns and
         tracer_cost_by ("calibration" or "source"; None if the cost is unknown), added_ns (host RTT less lower bound),
-        probes (of host and container), probed_by ("ping", "prober" or "calibration"), and egress_tracer_cost_ns and
+        probes (of host and container), probed_by ("prober" or "calibration"), and egress_tracer_cost_ns and
         ingress_tracer_cost_ns (contained in these overheads at least; None if unknown).
         """
         ends = intervals.bounds(self.cost)
@@ -195,8 +187,6 @@ class HostRtt:
         far = f" far end={_signed(self.far_ns)}" if self.far_ns else ""
         parts = f"send={_signed(self.send_ns)} device={_signed(self.device_ns)}{far}"
         probes = f"{self.probes[0]} host and {self.probes[1]} container probes"
-        if self.probed_by == PING:
-            probes = f"{self.probes[0]} pings from the host"
         if self.probed_by == CALIBRATION:
             parts, probes = "by mace calibrate", "a far end on this machine would add to it"
         cost = "the tracer's own cost is not known and not subtracted"
@@ -266,43 +256,6 @@ def estimate(
     )  # fmt: skip
 
 
-def direct_added_ns(tool: ToolTimes, pings: Sequence[Probe], cost: Cost | None) -> float | None:
-    """Return what to add to lower bounds, ns, by pings at the tool's pace; None with less than `FEWEST` of the host."""
-    outside = [ping for ping in pings if not ping.inside]
-    if len(outside) < FEWEST or not len(tool):
-        return None
-    cost_ns = cost.of([ping.hooks for ping in outside])[0] if cost else 0.0
-    return float(np.median(_round_trips(outside)) - np.median(tool.lower_bound)) - cost_ns
-
-
-def direct(tool: ToolTimes, pings: Sequence[Probe], cost: Cost | None, warm: Cost | None = None) -> HostRtt | None:
-    """Return the direct term and the cost, from pings at the tool's pace.
-
-    None with fewer than `FEWEST` pings of the host, or fewer than `intervals.FEWEST` samples. `warm` is as in
-    `estimate`. The stretch `send` is what device and far end leave of the term.
-    """
-    outside = [ping for ping in pings if not ping.inside]
-    if len(outside) < FEWEST or len(tool) < intervals.FEWEST:
-        return None
-    trips = _round_trips(outside)
-    term_ns = float(np.median(trips) - np.median(tool.lower_bound))
-    device = float(np.median([ping.device_ns for ping in outside]) - np.median(tool.device))
-    answered = [ping.far_ns for ping in outside if ping.far_ns >= 0]
-    far = float(np.median(answered) - np.median(tool.nic)) if len(answered) > len(outside) // 2 else 0.0
-    random = np.random.default_rng(_SEED)
-    host_draws = _medians(random, trips[:, None])[:, 0] * _wider(len(trips))
-    _, bound_draws = _tool_draws(random, tool, far_here=False)
-    cost_ns, cost_error_ns = cost.of([ping.hooks for ping in outside]) if cost else (None, 0.0)
-    cost_draws = random.standard_normal(_DRAWS) * cost_error_ns
-    return HostRtt(
-        term_ns - device - far, device, far, (len(outside), len(pings) - len(outside)), PING, cost_ns,
-        _interval(float(np.median(trips)) - (cost_ns or 0.0), host_draws - cost_draws),
-        _interval(term_ns, host_draws - bound_draws),
-        None if cost_ns is None else _interval(cost_ns, cost_draws), bool(cost and cost.measured),
-        _in_devices(pings, warm),
-    )  # fmt: skip
-
-
 def calibrated(tool: ToolTimes, term: intervals.Interval, cost: intervals.Interval) -> HostRtt | None:
     """Return a term and a cost that were measured before; None with fewer than `intervals.FEWEST` samples."""
     if len(tool) < intervals.FEWEST:
@@ -316,11 +269,6 @@ def calibrated(tool: ToolTimes, term: intervals.Interval, cost: intervals.Interv
     middle = float(np.median(tool.lower_bound)) + term.estimate - cost.estimate
     median = _interval(middle, bound_draws + term_draws - cost_draws)
     return HostRtt(term.estimate, 0.0, 0.0, (0, 0), CALIBRATION, cost.estimate, median, term, cost, True, None)
-
-
-def _round_trips(pings: Sequence[Probe]) -> Floats:
-    trips: Floats = np.array([ping.rtt_ns for ping in pings], np.float64)
-    return trips + spread_evenly(np.full(len(trips), _PING_UNIT_NS))
 
 
 def _in_devices(probes: Sequence[Probe], warm: Cost | None) -> tuple[float, float] | None:

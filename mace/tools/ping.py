@@ -43,7 +43,7 @@ from mace.tools.host_probes import payload_beside
 from mace.tools.ping_output import PingOutput
 from storage.capture import CaptureSink
 
-OPTIONS: Final = "h?4bRT:6F:N:aABc:CdDe:fHi:I:l:Lm:M:nOp:qQ:rs:S:t:UvVw:W:"
+_OPTIONS: Final = "h?4bRT:6F:N:aABc:CdDe:fHi:I:l:Lm:M:nOp:qQ:rs:S:t:UvVw:W:"
 """The options of iputils ping: `getopt` in ping/ping.c, main."""
 _TIMED_BYTES: Final = 16
 """Smallest payload with a time stamp: ping's stamp has 16 bytes."""
@@ -70,7 +70,7 @@ def arguments(given: Sequence[str]) -> tuple[list[str], bool, bool]:
     if argv[:1] == ["--"]:
         argv = argv[1:]
     try:
-        options, hosts = getopt.gnu_getopt(argv, OPTIONS)
+        options, hosts = getopt.gnu_getopt(argv, _OPTIONS)
     except getopt.GetoptError as error:
         raise UsageError(f"ping: {error.msg}") from None
     told = dict(options)
@@ -98,7 +98,7 @@ def user_clock(command: Sequence[str]) -> bool:
     for at, word in enumerate(command):
         if PurePath(word).name == "ping":
             with suppress(getopt.GetoptError):
-                options, _ = getopt.gnu_getopt(list(command[at + 1 :]), OPTIONS)
+                options, _ = getopt.gnu_getopt(list(command[at + 1 :]), _OPTIONS)
                 return "-U" in dict(options)
     return False
 

@@ -37,7 +37,8 @@ def probed(found, count):
     """Check what a result with a host RTT has to hold, and return its host path."""
     term, paired = found["host_path"], [row for row in found["samples"] if row["reason"] == "paired"]
     assert found["no_host_rtt"] is None
-    assert term["probes"][0] >= 3
+    assert min(term["probes"]) >= 3
+    assert term["probed_by"] == "prober"
     assert sum(term["probes"]) <= count // 5
     assert {row["host_rtt_ns"] - row["host_rtt_lower_bound_ns"] for row in paired} == {term["added_ns"]}
     assert abs(term["send_ns"] + term["device_ns"] + term["far_end_ns"] - term["term_ns"]) <= 2
@@ -53,10 +54,7 @@ def test_the_default_has_a_host_rtt(lab, source, family):
     argv = ("--source", source, "--json", "-c", COUNT, "-i", "0.05")
     found = json.loads(ping(lab, *argv, address=lab.address(REMOTE, family)).stdout)
     term = probed(found, COUNT)
-    assert term["probed_by"] == "ping"
     assert found["paired"] == COUNT
-    if term["egress_tracer_cost_ns"] is not None:
-        assert min(term["egress_tracer_cost_ns"], term["ingress_tracer_cost_ns"]) > 0
     if source == "bpf":
         assert term["tracer_cost_by"] == "source"
         assert term["tracer_cost_ns"] > 0
@@ -112,9 +110,7 @@ def test_a_destination_that_answers_no_probe(lab):
 def test_another_tool_is_probed_at_its_pace(lab):
     argv = ("wrap", "--source", "ftrace", "--lab", lab.name, "--container", "c1", "--json", "--")
     found = json.loads(mace(*argv, "fping", "-D", "-c", COUNT, "-p", "50", lab.address(REMOTE)).stdout)
-    term = probed(found, COUNT)
-    assert term["probed_by"] == "prober"
-    assert term["probes"][1] >= 3
+    probed(found, COUNT)
     named = json.loads(mace(*argv, "sh", "-c", f"fping -D -c 20 -p 10 $(echo {lab.address(REMOTE)[:-1]})2").stdout)
     assert named["no_host_rtt"].startswith("no probes: the tool's destination")
 
@@ -123,7 +119,7 @@ def test_an_interrupted_ping_leaves_no_prober(lab):
     where = ("--lab", lab.name, "--container", "c1", "--source", "ftrace")
     process = start("ping", *where, "-i", "0.05", lab.address(REMOTE))
     try:
-        wait_for(lambda: probers(process.pid))
+        wait_for(lambda: len(probers(process.pid)) == 2)
         process.send_signal(signal.SIGINT)
         said, complaints = process.communicate(timeout=60)
     finally:
@@ -133,13 +129,11 @@ def test_an_interrupted_ping_leaves_no_prober(lab):
 
 
 def probers(parent):
-    """Return the host's pings that `mace` with that process id runs."""
+    """Return the processes that run the prober for `mace` with that process id."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if path.read_bytes().startswith(b"ping\0-D\0-n\0") and f"PPid:\t{parent}\n" in (
-                path.with_name("status").read_text()
-            ):
+            if b"host_prober.py" in path.read_bytes() and f"PPid:\t{parent}\n" in (path.parent / "status").read_text():
                 found.append(path.parent.name)
         except OSError:
             continue

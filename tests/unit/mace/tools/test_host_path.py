@@ -7,7 +7,7 @@ import pytest
 
 from contracts.hooks import Hook
 from mace.tools import host_path
-from mace.tools.host_path import ProbeCollector, ProbeRecords, Stretches, pinged, stretches, timed
+from mace.tools.host_path import ProbeCollector, ProbeRecords, Stretches, stretches, timed
 from tests.traffic import Q, R, Tape, X, r, topology
 
 GAP = 10_000_000
@@ -171,35 +171,3 @@ def test_old_records_are_forgotten_and_their_number_is_bounded(monkeypatch):
     monkeypatch.setattr(host_path, "MOST_RECORDS", 1)
     seen.forget(0)
     assert seen.whole().ts_ns.tolist() == [3000]
-
-
-IN = (*BACK, *((50, Q, "br0"), (55, r, "eth0"), (57, R, "eth0")))
-"""A reply's way on to the container."""
-
-
-@pytest.mark.parametrize("late_us", [1, 60])
-def test_a_pings_times_come_from_its_records_and_its_round_trip(late_us):
-    """ping's own clock stops at the kernel's stamp of the reply, and it stamps its line some time later."""
-    _, tape = probes(HOST_WAY, 2)
-    seen = records(tape)
-    begin = 2 * GAP + 20_000
-    arrived, rtt = begin + 42_000, 70_000
-    found = pinged(arrived + late_us * 1000, rtt, seen, None, "out0")
-    assert (found.inside, found.rtt_ns) == (False, rtt)
-    assert (found.send_ns, found.device_ns, found.far_ns) == (28_000, 2_000, 6_000 + 34_000)
-    assert found.hooks == (Q, X, r, R, Q, X)
-
-
-def test_a_containers_ping_ends_at_its_own_device():
-    _, tape = probes(WAY, 1, back=IN)
-    begin = GAP + 20_000
-    found = pinged(begin + 55_000 + 9_000, 80_000, records(tape), "eth0", "out0")
-    assert (found.inside, found.send_ns) == (True, 25_000)
-    assert found.egress == (Q, X, r, R, R)
-    assert found.ingress == (r, R, Q)
-
-
-def test_a_ping_whose_reply_has_no_record_is_left_out():
-    _, tape = probes(HOST_WAY, 1, back=())
-    assert pinged(GAP + 90_000, 70_000, records(tape), None, "out0") is None
-    assert pinged(GAP + 90_000, 70_000, ProbeCollector().whole(), None, "out0") is None

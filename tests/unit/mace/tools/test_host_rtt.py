@@ -10,7 +10,7 @@ from contracts.schema import HookCost
 from correlator import intervals
 from mace.tools.calibration import counted
 from mace.tools.host_path import Probe
-from mace.tools.host_rtt import Cost, ToolTimes, added_ns, calibrated, direct, direct_added_ns, estimate, spread_evenly
+from mace.tools.host_rtt import Cost, ToolTimes, added_ns, calibrated, estimate, spread_evenly
 
 SIX = (Hook.NET_DEV_QUEUE, Hook.NET_DEV_START_XMIT, Hook.NETIF_RX) * 2
 
@@ -138,33 +138,6 @@ def test_a_sources_count_is_by_hook():
     assert counted([]) is None
 
 
-def pings(count, scatter=0, seed=1, far=25_000):
-    moves = np.random.default_rng(seed).normal(0, 1, count) * scatter
-    return [replace(probes(1, far=far)[0], rtt_ns=64_500 + round(move)) for move in moves]
-
-
-def test_pings_of_the_host_give_the_host_rtt_directly():
-    found = direct(samples(), [*pings(8), *probes(2, inside=True)], cost())
-    assert abs(found.term_ns - 21_500) < 100  # ping's times are spread over their unit
-    assert abs(found.send_ns + found.device_ns + found.far_ns - found.term_ns) < 1
-    assert (found.device_ns, found.far_ns, found.cost_ns, found.probes) == (4_500, 12_000, 6_000, (8, 2))
-    assert found.median.low <= found.median.estimate <= found.median.high
-    assert abs(found.median.estimate - 58_500) < 100
-    assert abs(direct_added_ns(samples(), pings(8), cost()) - 15_500) < 100
-    assert "8 pings from the host" in found.line()
-    assert found.as_dict()["probed_by"] == "ping"
-    assert direct(samples(), pings(8, far=-1), cost()).far_ns == 0
-
-
-def test_the_interval_of_pings_covers_the_truth():
-    covered = 0
-    for seed in range(60):
-        error = np.random.default_rng(seed).normal(0, 300)
-        found = direct(samples(30, 4_000, seed), pings(9, 4_000, seed), cost(1_000 + error, 300)).median
-        covered += found.low <= 58_500 <= found.high
-    assert covered >= 54
-
-
 def test_a_term_that_was_measured_before():
     term, paid = intervals.Interval(9_500, 8_500, 10_500, 1), intervals.Interval(6_000, 5_000, 7_000, 1)
     found = calibrated(samples(), term, paid)
@@ -174,12 +147,6 @@ def test_a_term_that_was_measured_before():
     assert "by mace calibrate" in found.line()
     assert found.as_dict()["probed_by"] == "calibration"
     assert calibrated(samples(1), term, paid) is None
-
-
-def test_too_few_pings_give_no_term():
-    assert direct(samples(), pings(2), cost()) is None
-    assert direct_added_ns(samples(), [*pings(2), *probes(5, inside=True)], cost()) is None
-    assert direct(samples(1), pings(8), cost()) is None
 
 
 def test_whole_units_are_spread_evenly():
