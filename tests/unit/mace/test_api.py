@@ -112,6 +112,7 @@ def test_a_report_over_recordings_is_the_replay(capture, capsys):
     replayed = json.loads(capsys.readouterr().out)
     # A store, which `mace report` reads, does not keep the reason why packets are ambiguous.
     assert replayed.pop("ambiguous")["several_devices"] == report["grades"]["ambiguous"]
+    assert report.pop("clocks")[0]["run"] == HEADER.run
     assert replayed == report
     assert cli.main(["report", str(capture), "--worst", "1"]) == 0
     assert "packet " in capsys.readouterr().out
