@@ -190,6 +190,7 @@ def test_results_without_rows_and_with_new_devices(make, tmp_path):
     asyncio.run(work())
 
 
+@pytest.mark.slow
 @of(CLOGGED)
 def test_clogged_it_neither_waits_nor_grows(make, tmp_path):
     """A clogged sink buffers within bounds, counts dropped rows, and does not block the event loop."""

@@ -246,6 +246,7 @@ def test_the_lab_s_topology(machine: Machine) -> None:
     assert (out0.container, eth0_1.container, rem0.container) == ("", machine.name("c1"), "")
 
 
+@pytest.mark.slow
 def test_the_host_can_be_named_in_several_ways(machine: Machine) -> None:
     machine.add("host")
     inode = machine.inode("host")
@@ -332,6 +333,7 @@ def test_both_followers_see_the_same() -> None:
     assert by_bpf == by_netlink
 
 
+@pytest.mark.slow
 def test_pyroute2_sees_the_same(machine: Machine) -> None:
     machine.add("a", "b")
     machine.ip("a", "link add br0 type bridge")

@@ -110,6 +110,7 @@ def test_large_tcp_buffers_stay_whole(tmp_path):
         assert balanced(measurement.found).lost == 0
 
 
+@pytest.mark.slow
 def test_demo_prints_the_documented_figures():
     """`mace demo --json` prints what the README promises."""
     done = mace("demo", "--duration", "1", "--json")

@@ -182,6 +182,7 @@ def run(made, first, seed):
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [MadeMapped, MadeBuffer])
 @given(st.data(), st.integers(0, 2**32))
 def test_each_written_record_is_returned_once_whole_and_in_order(kind, data, seed):

@@ -14,6 +14,8 @@ from contracts.records import Batch
 from correlator.engine import Engine, EngineConfig
 from tests.places import GOLDEN
 
+pytestmark = pytest.mark.slow
+
 CORPUS = GOLDEN / "fuzz"
 FILES = sorted(CORPUS.glob("*/*.bin"))
 EXPECTED = json.loads((CORPUS / "expected.json").read_text())

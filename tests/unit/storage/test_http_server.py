@@ -105,6 +105,7 @@ def test_a_thousand_slow_clients_cost_no_files_and_leave_room_for_others():
     assert most - before <= MOST_CONNECTIONS + 3 * http_server._BACKLOG + 8
 
 
+@pytest.mark.slow
 def test_a_request_that_does_not_end_is_ended():
     with serving(request_s=0.3) as server:
         for sent in (b"", b"GET /page HTTP/1.1\r\nHost: x\r\n", b"GET /page HTTP/1.1\r\nHost: x\r\n\r\nGET /p"):
@@ -113,6 +114,7 @@ def test_a_request_that_does_not_end_is_ended():
                 assert is_ended(client)
 
 
+@pytest.mark.slow
 def test_an_answer_that_nobody_reads_is_ended():
     with serving(request_s=0.5) as server:
         with socket.create_connection(("127.0.0.1", server.port)) as client:

@@ -30,6 +30,8 @@ from tests.hostile import (
 )
 from tests.made_capture import HEADER, TOPOLOGY, encode, stream_tag, traffic
 
+pytestmark = pytest.mark.slow
+
 NOW = HEADER.clock.monotonic_ns
 HOURS = 3_600_000_000_000
 SIGHTINGS = (("", 0, 0), *((f"veth{n}", 0, 0) for n in range(5)))

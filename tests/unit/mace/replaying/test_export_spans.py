@@ -75,6 +75,7 @@ def made(tmp_path):
     return write(tmp_path / "made.mace")
 
 
+@pytest.mark.slow
 def test_every_line_is_an_official_message(made, tmp_path):
     """In OTLP's JSON identifiers are hexadecimal, in protobuf's base64; else the two are the same."""
     lines = [*export(made).splitlines(), *export(EXAMPLE, tmp_path / "example.jsonl").splitlines()]

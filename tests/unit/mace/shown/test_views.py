@@ -137,6 +137,7 @@ def minutes(tmp_path_factory):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "where",
     [

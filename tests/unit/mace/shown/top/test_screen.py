@@ -105,6 +105,7 @@ def test_containers_with_their_figures_and_the_ledger():
     assert "t: 4 s kept" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(80, 24), (40, 10), (200, 60), (20, 4), (1, 1)])
 def test_any_size(size):
     async def work(app, pilot):
