@@ -60,7 +60,6 @@ def run(options: Options, console: Console) -> int:
     from mace.tools import correct, wrap
     from mace.tools.beside import Beside
     from mace.tools.following import Following
-    from mace.tools.host_probes import HostProbes
 
     settings.refuse_unwritable(options.store, "mace wrap")
     configured = settings.configured(
@@ -69,7 +68,7 @@ def run(options: Options, console: Console) -> int:
     as_json = options.format == JSON
     with settings.namespace(options.where, configured) as netns_fd:
         session = settings.session(configured, options.format, console)
-        beside = Beside(HostProbes(netns_fd, configured.capture.host_netns), send=not options.no_probes)
+        beside = Beside(netns_fd, configured.capture, probes=not options.no_probes)
         with Following.opened() as following:
             found, status = wrap.measure(
                 options.command,

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
+from contracts.config import CaptureConfig
 from contracts.interfaces import StreamHeader, StreamSink
 from contracts.schema import HookCost
 from correlator.correction import Corrections
@@ -13,19 +14,22 @@ from correlator.samples import Samples
 from mace.tools.calibration import Calibration, counted, kept
 from mace.tools.corrected import Corrected
 from mace.tools.host_probes import HostProbes
-from mace.tools.host_rtt import Cost, ToolTimes
+from mace.tools.host_rtt import Cost, ToolTimes, added_ns
 
 _LATEST: Final = 512
 """Samples to which the probes are compared for a line; the figures at the end use all."""
 
 
 class Beside:
-    """The probes beside one run of a tool, and the tracer's cost. With `send` false no probes are sent."""
+    """The probes beside one run of a tool in the namespace of `netns_fd`, and the tracer's cost.
 
-    def __init__(self, probes: HostProbes, *, send: bool = True) -> None:
-        self.probes = probes
-        if not send:
-            probes.why_not = "--no-probes"
+    With `probes` false no probes are sent.
+    """
+
+    def __init__(self, netns_fd: int, capture: CaptureConfig, *, probes: bool = True) -> None:
+        self.probes = HostProbes(netns_fd, capture.host_netns)
+        if not probes:
+            self.probes.why_not = "--no-probes"
         self._cost: Calibration | None = None
         self._no_cost = ""
         """Why there is no cost of the source that is kept; known once the source is open."""
@@ -50,9 +54,10 @@ class Beside:
             return None
         while len(self._times) > 1 and sum(map(len, self._times)) - len(self._times[0]) >= _LATEST:
             self._times.popleft()
-        found = self.probes.added_ns(ToolTimes.concatenate(self._times), self._cost_now(costs))
-        if found is None and self.probes.why_not and self._cost is not None:
-            return self._cost.added_ns(self.probes.pace_s)
+        times, probes = ToolTimes.concatenate(self._times), self.probes
+        found = added_ns(times, probes.probes, self._cost_now(costs), alone=probes.rarer)
+        if found is None and probes.why_not and self._cost is not None:
+            return self._cost.added_ns(probes.pace_s)
         return found
 
     def finished(self, found: Corrected) -> Corrected:

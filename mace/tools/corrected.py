@@ -29,7 +29,7 @@ from mace.shown.terminal import PlainTable
 from mace.tools.calibration import Calibration
 from mace.tools.following import Followed, Following
 from mace.tools.host_probes import HostProbes
-from mace.tools.host_rtt import Cost, HostRtt, ToolTimes, calibrated, paired
+from mace.tools.host_rtt import Cost, HostRtt, ToolTimes, calibrated, estimate, paired
 from mace.tools.samples import Reader
 
 FIGURES: Final = {
@@ -174,7 +174,7 @@ class Corrected:
         `cost` is the tracer's, and `warm` that of records that follow others; None if it is not known, and `no_cost`
         says why.
         """
-        found = probes.estimate(ToolTimes.of(self.samples, self.corrections), cost, warm)
+        found = estimate(ToolTimes.of(self.samples, self.corrections), probes.probes, cost, warm, alone=probes.rarer)
         if found is None:
             return replace(self, no_host=probes.remark())
         return replace(self, host=found, no_host="", no_cost=no_cost)

@@ -33,7 +33,6 @@ from contracts.interfaces import StreamHeader, StreamItem, StreamSink
 from contracts.records import Batch
 from contracts.topology import Role, Topology
 from mace.tools.host_path import Probe, ProbeCollector, ProbeRecords, timed
-from mace.tools.host_rtt import Cost, HostRtt, ToolTimes, added_ns, estimate
 
 SAMPLES_A_PROBE: Final = 5
 """Samples of the tool for each probe, at least."""
@@ -73,8 +72,8 @@ def payload_beside(tool_bytes: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
-    """A probe that was sent and answered. Times in ns, CLOCK_MONOTONIC."""
+class _Sent:
+    """A probe that was sent and answered."""
 
     inside: bool
     sent_ns: int
@@ -98,7 +97,7 @@ class HostProbes:
         self._last_asked_ns = 0
         self._due_ns: dict[bool, int] = {}
         """When the probes are due that were asked for and have not been reported, by side."""
-        self._sent: list[Sent] = []
+        self._sent: list[_Sent] = []
         """Probes whose records are not complete yet."""
         self._probers: dict[bool, asyncio.subprocess.Process] = {}
         self._readers: list[asyncio.Task[None]] = []
@@ -121,8 +120,8 @@ class HostProbes:
             await self._leave()
 
     async def start(self, address: str, payload_bytes: int) -> None:
-        """Begin to probe that destination, once."""
-        if self._length or self.why_not or self._ended:
+        """Start the probers for that destination, once."""
+        if self._probers or self.why_not or self._ended:
             return
         try:
             version = ip_address(address).version
@@ -130,9 +129,6 @@ class HostProbes:
             self.why_not = f"{address!r} is no address that probes can be sent to"
             return
         self._length = _HEADERS[version] + payload_bytes
-        await self._begin(address, payload_bytes)
-
-    async def _begin(self, address: str, payload_bytes: int) -> None:
         argv = prober_command(address, payload_bytes)
         for inside in (False, True):
             process = await asyncio.create_subprocess_exec(
@@ -164,7 +160,7 @@ class HostProbes:
     def _take(self, told: Sequence[tuple[int, int]], *, inside: bool) -> None:
         for sent_ns, rtt_ns in told[len(told) // 2 :]:
             if rtt_ns >= 0:
-                self._sent.append(Sent(inside, sent_ns, rtt_ns))
+                self._sent.append(_Sent(inside, sent_ns, rtt_ns))
                 self._silent, self._answered = 0, self._answered + 1
             else:
                 self._unanswered("the destination answers no probe")
@@ -197,16 +193,8 @@ class HostProbes:
         distances = sorted(b - a for a, b in pairwise(self._recent))
         return distances[len(distances) // 2] / 1e9 if distances else 0.0
 
-    def added_ns(self, tool: ToolTimes, cost: Cost | None) -> float | None:
-        """Return what to add to lower bounds, ns, by the probes so far; None if there are too few."""
-        return added_ns(tool, self.probes, cost, alone=self._rarer)
-
-    def estimate(self, tool: ToolTimes, cost: Cost | None, warm: Cost | None) -> HostRtt | None:
-        """Return the host path term and the tracer's cost (`mace.tools.host_rtt`); None if there are too few probes."""
-        return estimate(tool, self.probes, cost, warm, alone=self._rarer)
-
     @property
-    def _rarer(self) -> bool:
+    def rarer(self) -> bool:
         """Whether the probes are so much rarer than the tool's packets that they find other caches than these."""
         return 0 < self.pace_s < _DENSE_NS / 1e9
 
@@ -216,45 +204,27 @@ class HostProbes:
         for each in times_ns:
             self._samples += 1
             self._recent.append(each)
-        ready = self._can_send() and not (self.why_not or self._due_ns or self._ended)
+        ready = self._probers and not (self.why_not or self._due_ns or self._ended)
         if ready and self._samples > before:
             self._ask(time.monotonic_ns())
 
     def _ask(self, now_ns: int) -> None:
         if len(self._recent) < 3:
             return
-        due_ns, count = self._next(now_ns, max(round(self.pace_s * 1e9), 1))
+        pace_ns = max(round(self.pace_s * 1e9), 1)
+        count = _BURST if pace_ns < _FLOOD_NS else 1
+        due_ns = now_ns if count > 1 else self._recent[-1] + pace_ns // 2
+        if count == 1 and due_ns < now_ns + _AHEAD_NS:
+            due_ns += -(-(now_ns + _AHEAD_NS - due_ns) // pace_ns) * pace_ns
         allowed = self._samples // SAMPLES_A_PROBE - self._asked
         if allowed < count or due_ns - self._last_asked_ns < count * 1_000_000_000 // MOST_A_SECOND:
             return
-        inside = self._inside(self._turn)
-        self._turn, self._asked = self._turn + 1, self._asked + count
-        self._due_ns[inside] = self._last_asked_ns = due_ns
-        self._send(due_ns, count, inside=inside)
-
-    def _can_send(self) -> bool:
-        return bool(self._probers)
-
-    def _next(self, now_ns: int, pace_ns: int) -> tuple[int, int]:
-        """Return when the next probe is due, and how many follow one another then."""
-        if pace_ns < _FLOOD_NS:
-            return now_ns, _BURST
-        return self._between(now_ns, pace_ns, _AHEAD_NS), 1
-
-    def _between(self, now_ns: int, pace_ns: int, ahead_ns: int) -> int:
-        """Return a time in the middle between two requests that is at least `ahead_ns` away."""
-        middle_ns = self._recent[-1] + pace_ns // 2
-        return middle_ns + max(0, -(-(now_ns + ahead_ns - middle_ns) // pace_ns)) * pace_ns
-
-    @staticmethod
-    def _inside(turn: int) -> bool:
-        """Return whether the probes of that turn are the container's."""
-        return bool(turn % 2)
-
-    def _send(self, due_ns: int, count: int, *, inside: bool) -> None:
+        inside = bool(self._turn % 2)
         stdin = self._probers[inside].stdin
         assert stdin is not None
         stdin.write(f"{due_ns} {count}\n".encode())
+        self._turn, self._asked = self._turn + 1, self._asked + count
+        self._due_ns[inside] = self._last_asked_ns = due_ns
 
     # The records.
 
@@ -286,27 +256,23 @@ class HostProbes:
         waiting = [*(s.sent_ns for s in self._sent), *self._due_ns.values()]
         self._records.forget(min(waiting, default=time.monotonic_ns()) - _AHEAD_NS)
 
-    def _time(self, probe: Sent, records: ProbeRecords, inner: Sequence[str], outer: Sequence[str]) -> None:
-        seen = records.between(probe.sent_ns - _AHEAD_NS, probe.sent_ns + probe.rtt_ns + _AFTER_NS)
+    def _time(self, probe: _Sent, records: ProbeRecords, inner: Sequence[str], outer: Sequence[str]) -> None:
+        seen = records.between(probe.sent_ns, probe.sent_ns + probe.rtt_ns + _AFTER_NS)
         # A probe leaves by one of the outer devices: a route may change while the tool runs.
         for first in inner if probe.inside else (None,):
             for last in outer:
-                found = self._timed(probe, seen, first, last)
+                found = timed(probe.sent_ns, probe.rtt_ns, seen, first, last)
                 if found is not None:
                     self.probes.append(found)
                     if len(self.probes) > _MOST:
                         self.probes = self.probes[::2]
                     return
 
-    @staticmethod
-    def _timed(probe: Sent, seen: ProbeRecords, inner: str | None, outer: str) -> Probe | None:
-        return timed(probe.sent_ns, probe.rtt_ns, seen, inner, outer)
-
     def remark(self) -> str:
         """Return why there are no probes, or too few, for people; empty if nothing is to be said."""
         if self.why_not:
             return f"no probes{' any more' if self._answered else ''}: {self.why_not}"
-        if not self._can_send():
+        if not self._probers:
             return "no probes: the tool's destination is not known"
         if self._answered and not self.probes:
             return f"none of {self._answered} probes has records on its whole way out of the outer device"

@@ -21,7 +21,6 @@ from contracts.windowtable import WindowTable
 from correlator.correction import REASONS, Reason
 from mace.tools.beside import Beside
 from mace.tools.following import Following
-from mace.tools.host_probes import HostProbes
 from mace.tools.namespaces import open_namespace
 from mace.tools.ping import Ping, arguments, user_clock
 from tests.made_exchanges import START, Path
@@ -98,7 +97,7 @@ def unfollowed():
 
 
 def unprobed(netns_fd):
-    return Beside(HostProbes(netns_fd, ""), send=False)
+    return Beside(netns_fd, CaptureConfig(), probes=False)
 
 
 # Lines -----------------------------------------------------------------------------------------------------
