@@ -23,13 +23,13 @@ import json
 import os
 import re
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
+from collector.machine.asking import AskingThread
 from collector.machine.netns import NetnsOf, netns_of
 from collector.machine.pods import pod_uid_in_cgroup
 from collector.machine.unix_http import UnixConnection
@@ -281,27 +281,22 @@ def _container_of(pid: int, proc: Path) -> Called:
     return Called(f"{text_of(apptainer[1])}[{pid}]") if apptainer else NOBODY
 
 
-class NameService:
-    """Queries all container APIs in a thread: while names are missing, and then for renamed containers.
+class NameService(AskingThread):
+    """Queries all container APIs: while names are missing, and then for renamed containers.
 
     `want` sets the namespaces and containers to name. `called` and `of_ids` hold the names found; both are replaced,
     never modified. `on_change` is called in the thread when one of them is replaced.
     """
 
     def __init__(self, sockets: Sequence[str], on_change: Callable[[], None], of_process: NetnsOf = netns_of) -> None:
+        super().__init__("mace-container-names", on_change)
         self._sockets = sockets
         self._of_process = of_process
-        self._on_change = on_change
         self._apis: dict[str, ContainerApi] = {}
-        self._condition = threading.Condition()
         self._wanted: Mapping[int, int] = {}
         self._wanted_ids: frozenset[str] = frozenset()
-        self._asked = threading.Event()
-        self._fresh = False
         self._has_named = False
         """Whether an API has named a container: then renames are possible."""
-        self._stopping = False
-        self._thread: threading.Thread | None = None
         self.called: Mapping[int, Called] = {}
         """Inode of a network namespace → name and id of its container."""
         self.of_ids: Mapping[str, str] = {}
@@ -327,48 +322,17 @@ class NameService:
                 return
             self.called = {inode: name for inode, name in self.called.items() if (inode, wanted.get(inode)) not in new}
             if self._live_sockets():
-                self._asked.clear()
-                if self._thread is None and not self._stopping:
-                    self._thread = threading.Thread(target=self._run, name="mace-container-names", daemon=True)
-                    self._thread.start()
-                self._fresh = True
-                self._condition.notify()
+                self._ask_for_new()
 
-    def wait(self, timeout_s: float) -> None:
-        """Wait until the APIs were queried since the last `want`, at most `timeout_s`; return at once without APIs."""
-        if self._thread is not None:
-            self._asked.wait(timeout_s)
-
-    def close(self) -> None:
-        """End the thread, even if it waits for a daemon."""
-        with self._condition:
-            self._stopping = True
-            self._condition.notify()
-        if self._thread is not None:
-            # The thread may be about to connect, where an interrupt has no effect yet: repeat until it ends.
-            while self._thread.is_alive():
-                for api in list(self._apis.values()):
-                    api.interrupt()
-                self._thread.join(0.05)
+    def _interrupt(self) -> None:
+        for api in list(self._apis.values()):
+            api.interrupt()
 
     def _live_sockets(self) -> list[str]:
         """Return the sockets that exist, each once: /var/run is a link to /run nearly everywhere."""
         return list(dict.fromkeys(os.path.realpath(path) for path in self._sockets if os.path.exists(path)))  # noqa: PTH110
 
-    def _run(self) -> None:
-        attempt = 0
-        while True:
-            with self._condition:
-                if not self._fresh and not self._stopping:
-                    self._condition.wait(self._pause_s(attempt))
-                if self._stopping:
-                    return
-                attempt = 0 if self._fresh else attempt + 1
-                self._fresh = False
-            self._ask()
-
     def _pause_s(self, attempt: int) -> float | None:
-        """Return the pause until the next query, s; None to wait for the next `want`."""
         pauses = []
         if self._missing() and attempt < len(_ASK_AGAIN_S):
             pauses.append(_ASK_AGAIN_S[attempt])

@@ -12,10 +12,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
+from collector.machine.asking import AskingThread
 from collector.machine.pods import Pod, containers_text
 from contracts.names import text_of
 from contracts.pods import is_container_name, pod_name, shown_name
@@ -139,23 +139,17 @@ def _bytes(message: bytes, number: int) -> bytes:
 # --- the thread -----------------------------------------------------------------------------------------
 
 
-class RuntimePods:
-    """Asks the runtimes in a thread for pods, so that a runtime that hangs delays names alone.
+class RuntimePods(AskingThread):
+    """Asks the runtimes for pods.
 
     `pods` is replaced, never modified; then `on_change` is called in the thread.
     """
 
     def __init__(self, sockets: Sequence[str], on_change: Callable[[], None]) -> None:
+        super().__init__("mace-pod-names", on_change)
         self._sockets = sockets if is_installed() else ()
-        self._on_change = on_change
-        self._condition = threading.Condition()
         self._wanted: frozenset[str] = frozenset()
-        self._fresh = False
-        self._stopping = False
-        self._asked = threading.Event()
-        self._asked.set()
         self._asking: CriSocket | None = None
-        self._thread: threading.Thread | None = None
         self.pods: Mapping[str, Pod] = {}
         """UID → pod, of the wanted ones."""
         self.errors: Mapping[str, str] = {}
@@ -165,44 +159,14 @@ class RuntimePods:
         """Set the pods to name; new ones are asked for at once."""
         with self._condition:
             new, self._wanted = uids - self._wanted, uids
-            if not new or self._stopping or not any(os.path.exists(path) for path in self._sockets):  # noqa: PTH110
-                return
-            self._asked.clear()
-            self._fresh = True
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="mace-pod-names", daemon=True)
-                self._thread.start()
-            self._condition.notify()
+            if new and any(os.path.exists(path) for path in self._sockets):  # noqa: PTH110
+                self._ask_for_new()
 
-    def wait(self, timeout_s: float) -> None:
-        """Wait until the runtimes were asked since the last `want`, at most `timeout_s`."""
-        self._asked.wait(timeout_s)
-
-    def close(self) -> None:
-        """End the thread, even if it waits for a runtime."""
-        with self._condition:
-            self._stopping = True
-            self._condition.notify()
-        while self._thread is not None and self._thread.is_alive():
-            # Repeated: before the thread is connected an interrupt has no effect.
-            if (asking := self._asking) is not None:
-                asking.interrupt()
-            self._thread.join(0.05)
-
-    def _run(self) -> None:
-        attempt = 0
-        while True:
-            with self._condition:
-                if not self._fresh and not self._stopping:
-                    self._condition.wait(self._pause_s(attempt))
-                if self._stopping:
-                    return
-                attempt = 0 if self._fresh else attempt + 1
-                self._fresh = False
-            self._ask()
+    def _interrupt(self) -> None:
+        if (asking := self._asking) is not None:
+            asking.interrupt()
 
     def _pause_s(self, attempt: int) -> float | None:
-        """Return the pause until the next query, s; None to wait for the next `want`."""
         if not self._wanted:
             return None
         missing = self._wanted - self.pods.keys()
