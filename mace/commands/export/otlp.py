@@ -3,72 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 from mace.commands.console import Console
-from mace.commands.options import (
-    JSON,
-    PacketOptions,
-    RecordingOptions,
-    with_config,
-    with_format,
-    with_output,
-    with_packets,
-    with_recordings,
-)
+from mace.commands.export import ExportOptions, exported, with_export
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class Options(ExportOptions):
     """Options and arguments of `mace export otlp`."""
-
-    recordings: RecordingOptions
-    output: Path
-    force: bool
-    packets: PacketOptions
-    config: Path | None
-    format: str
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of `mace export otlp` to the parser."""
-    with_recordings(parser, "recordings to export", Path)
-    with_output(parser)
-    with_packets(parser)
-    with_config(parser)
-    with_format(parser)
+    with_export(parser)
 
 
 def run(options: Options, console: Console) -> int:
     """Write the traces and print how many there are."""
-    from contracts import config
-    from correlator import configured
-    from mace.commands import settings
-    from mace.replaying import export
-    from mace.replaying.progress import bar
-    from mace.shown.terminal import warn
+    from mace.replaying.export import export_spans
 
-    chosen = options.packets
-    export.check_worst(chosen.worst)
-    recordings = settings.recordings(options.recordings)
-    wanted = export.Wanted.of(chosen.flow, chosen.between, recordings[0].first_utc_ns)
-    engine = replace(configured.replayed(config.load(options.config).correlate), rows=True)
-    with bar(console.err(), quiet=options.format == JSON, what="export") as told:
-        found = export.export_spans(
-            recordings,
-            options.output,
-            engine,
-            wanted,
-            packets=chosen.packet,
-            worst=chosen.worst,
-            overwrite=options.force,
-            told=told,
-        )
-    if options.format == JSON:
-        console.json(found.as_dict(options.output))
-        return 0
-    warn(console.err(), found.warnings)
-    console.line(found.line(options.output))
-    console.line(found.summary.ledger.line())
-    return 0
+    return exported(options, console, export_spans)
