@@ -16,7 +16,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -68,10 +68,7 @@ class Comparison:
     """The sums over all rounds, by source."""
 
     def __post_init__(self) -> None:
-        for name, parts in self.parts.items():
-            self.whole[name] = Summary()
-            for part in parts:
-                self.whole[name].merge(part.summary)
+        self.whole.update({name: merged(part.summary for part in parts) for name, parts in self.parts.items()})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result for JSON: `sources` (objects of `_source`), `devices` (`_devices`), `rounds`, `machine`."""
@@ -115,14 +112,7 @@ class Comparison:
         summary = self.whole[name]
         for direction in _DIRECTIONS:
             values = [overhead_ns(part.summary, direction) for part in parts]
-
-            def overhead_us(drawn: Ints, values: Sequence[Ints] = values) -> float:
-                return median_us(values[n] for n in drawn)
-
-            found[f"overhead_{direction.name.lower()}"] = {
-                "p50_us": round(overhead_us(every), 2),
-                "ci95_us": rounded(intervals.of_rounds(overhead_us, rounds)),
-            }
+            found[f"overhead_{direction.name.lower()}"] = median_of(values, every)
         cpu_s, wall_s = sum(p.cpu_s for p in parts), sum(p.wall_s for p in parts)
         found |= {
             "cpu_us_per_trip": round(cpu_s / max(trips, 1) * 1e6, 2),
@@ -145,8 +135,7 @@ class Comparison:
         for (device, owner, direction, segment), of in self._by_device().items():
             row: dict[str, Any] = {"device": device, "of": owner, "direction": direction, "segment": segment}
             for name, distribution in of.items():
-                p50, p99 = distribution.quantiles((0.5, 0.99))
-                row[name] = {"count": distribution.count, "p50_us": p50 / 1000, "p99_us": p99 / 1000}
+                row[name] = figures_of(distribution)
             found.append(row)
         return found
 
@@ -207,8 +196,7 @@ class Comparison:
             for row in rows:
                 cells: list[str] = []
                 for name in names:
-                    one = row.get(name)
-                    cells += [f"{one['count']:,}", f"{one['p50_us']:.1f}", f"{one['p99_us']:.1f}"] if one else ["-"] * 3
+                    cells += cells_of(row.get(name))
                 table.add_row(row["device"], row["of"], row["segment"], *cells)
         return table
 
@@ -346,6 +334,36 @@ def _values(distribution: Distribution) -> Ints:
     bins, counts = distribution.histogram()
     found: Ints = np.repeat(middles(bins), counts)
     return found
+
+
+def merged(summaries: Iterable[Summary]) -> Summary:
+    """Return the sum of the summaries of all rounds."""
+    whole = Summary()
+    for summary in summaries:
+        whole.merge(summary)
+    return whole
+
+
+def median_of(values: Sequence[Ints], every: Ints) -> dict[str, Any]:
+    """Return p50_us and ci95_us of values, in ns, by round; `every` are the numbers of all rounds."""
+
+    def middle_us(drawn: Ints) -> float:
+        return median_us(values[n] for n in drawn)
+
+    return {"p50_us": round(middle_us(every), 2), "ci95_us": rounded(intervals.of_rounds(middle_us, len(every)))}
+
+
+def figures_of(delays: Distribution) -> dict[str, Any]:
+    """Return count, p50_us and p99_us of delays."""
+    p50, p99 = delays.quantiles((0.5, 0.99))
+    return {"count": delays.count, "p50_us": p50 / 1000, "p99_us": p99 / 1000}
+
+
+def cells_of(found: Mapping[str, Any] | None) -> list[str]:
+    """Format the result of `figures_of` for a table; `-` for None."""
+    return ["-"] * 3 if found is None else [
+        f"{found['count']:,}", f"{found['p50_us']:.1f}", f"{found['p99_us']:.1f}"
+    ]  # fmt: skip
 
 
 def rounded(found: intervals.Interval | None) -> list[float] | None:

@@ -36,7 +36,17 @@ from mace.lab import Lab, Layout, Runtime, Spec
 from mace.live.session import Session
 from mace.shown import tables
 from mace.shown.terminal import PlainTable
-from mace.trials.compare import ComparePlan, overhead_ns, plain, rounded, trips
+from mace.trials.compare import (
+    ComparePlan,
+    cells_of,
+    figures_of,
+    median_of,
+    merged,
+    overhead_ns,
+    plain,
+    rounded,
+    trips,
+)
 from mace.trials.rounds import interval_text, machine, machine_text, median_us
 
 LAB: Final = "compare"
@@ -81,10 +91,7 @@ class NetworkComparison:
     """The sums over all rounds, by network."""
 
     def __post_init__(self) -> None:
-        for name, parts in self.parts.items():
-            self.whole[name] = Summary()
-            for part in parts:
-                self.whole[name].merge(part.summary)
+        self.whole.update({name: merged(part.summary for part in parts) for name, parts in self.parts.items()})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result for JSON.
@@ -132,7 +139,7 @@ class NetworkComparison:
         }
         for direction in _DIRECTIONS:
             values = [overhead_ns(part.summary, direction, self.container) for part in parts]
-            found[f"overhead_{direction.name.lower()}"] = _median(values, every) if any(map(len, values)) else None
+            found[f"overhead_{direction.name.lower()}"] = median_of(values, every) if any(map(len, values)) else None
         return found | {
             "trips": sum(len(part.trips_ns) for part in parts),
             "unanswered": sum(part.unanswered for part in parts),
@@ -171,9 +178,7 @@ class NetworkComparison:
                 "part": part, "direction": Direction(way).name.lower(), "segment": segment_name
             }  # fmt: skip
             for name, (devices, distribution) in found[row].items():
-                p50, p99 = distribution.quantiles((0.5, 0.99))
-                figures = {"count": distribution.count, "p50_us": p50 / 1000, "p99_us": p99 / 1000}
-                entry[name] = {"devices": sorted(devices), **figures}
+                entry[name] = {"devices": sorted(devices), **figures_of(distribution)}
             told.append(entry)
         return told
 
@@ -220,8 +225,7 @@ class NetworkComparison:
             for row in rows:
                 cells: list[str] = []
                 for name in self.parts:
-                    one = row.get(name)
-                    cells += [f"{one['count']:,}", f"{one['p50_us']:.1f}", f"{one['p99_us']:.1f}"] if one else ["-"] * 3
+                    cells += cells_of(row.get(name))
                 segment = "overhead" if row["segment"] == "device" else row["segment"]
                 table.add_row(row["part"], segment, *cells)
         return table
@@ -300,13 +304,6 @@ def _round(plan: ComparePlan, lab: Lab, session: Session) -> NetworkRound:
         raise UsageError("interrupted")
     answered = bare >= 0
     return NetworkRound(bare[answered], int((~answered).sum()), small.received / small.duration_s, summary)
-
-
-def _median(values: Sequence[Ints], every: Ints) -> dict[str, Any]:
-    def middle_us(drawn: Ints) -> float:
-        return median_us(values[n] for n in drawn)
-
-    return {"p50_us": round(middle_us(every), 2), "ci95_us": rounded(intervals.of_rounds(middle_us, len(every)))}
 
 
 def _part(place: DevicePlace) -> str:
