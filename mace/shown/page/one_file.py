@@ -33,7 +33,11 @@ def write(
 
     Raises `StoreError`, and `MaceError` if the file cannot be written.
     """
-    data = held(store, Asked.like(where, source), most)
+    store.keep("one page")  # all of its views show one state of the store, read by one connection
+    try:
+        data = held(store, Asked.like(where, source), most)
+    finally:
+        store.close()
     try:
         path.write_text(assets.one_file(title, data, tables), encoding="utf-8")
     except OSError as error:
