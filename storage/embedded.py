@@ -540,7 +540,9 @@ class EmbeddedStore:
             if table == "windows" and settled:
                 day_ns = wide.day_of(settled[0]) * HOUR_NS
                 ends = [
-                    n for each in segments.listing(self.path, wide.TABLE, day_ns) for n in (each.first - 1, each.last)
+                    n
+                    for each in segments.listing(self.path, wide.STANDING, day_ns)
+                    for n in (each.first - 1, each.last)
                 ]
             for group in segments.mergeable(settled, self._damaged, ends):
                 if self._closing.is_set():

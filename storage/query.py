@@ -36,12 +36,12 @@ from contracts.ledger import Ledger
 from contracts.schema import Direction, Grades, HookCost, Segment
 from contracts.topology import Sharer, newest_names
 from contracts.windowtable import FIGURES, NUMBERS, WindowTable
-from storage import checksum, segments, tables
+from storage import checksum, segments, tables, wide
 from storage.embedded import check_schema
 from storage.merging import Histograms
 from storage.naming import TABLES, Named, by_newest_name, named, newest_of
 from storage.segments import SegmentFile
-from storage.wide import FROM_S, TABLE, WIDTHS_S, About, Cover, cover, spans
+from storage.wide import FROM_S, STANDING, WIDTHS_S, About, Cover, cover, day_of, spans
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -270,8 +270,22 @@ class _Part:
     """Its time says which segments have the rows."""
     named_in: Filter
     """Its time says which name of a container is the newest."""
-    wide: frozenset[Path] = frozenset()
-    """Segments of wide windows that may stand for others."""
+    wide: _Wide | None = None
+    """Which wide windows are among the rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Wide:
+    """Wide windows of a query: `{minutes}`, `{ten_minutes}` and `{hours}` in its SQL.
+
+    `{windows}` then stands for windows without a wide one, and `{covered_windows}` for the others of the hours in which
+    the spans of `FROM_S` are.
+    """
+
+    known: frozenset[Path]
+    """Segments of `STANDING` that may stand for others."""
+    spans: tuple[tuple[int, int, int], ...]
+    """Width in s and UTC, ns, from and to, as `storage.wide.spans`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -605,7 +619,7 @@ class StoreReader:
         """Return which segments of windows of the filter's days have a wide one, if it is one of `known`."""
         days = _whole_days(where)
         # First the wide ones: the windows of those that are made meanwhile are then listed too.
-        wide_ones = [each for each in self.segments(TABLE, days) if known is None or each.path in known]
+        wide_ones = [each for each in self.segments(STANDING, days) if known is None or each.path in known]
         bad = self._damaged_of(wide_ones)
         wide_ones = [each for each in wide_ones if each.path not in bad and self._about(each, Filter()) is not None]
         return cover(self.segments("windows", days), wide_ones)
@@ -1235,24 +1249,17 @@ class StoreReader:
         sql = f"SELECT w.* FROM {{windows}} AS w JOIN {_ENDS_SQL} USING (host, run) WHERE {condition} AND {stored}"
         if width_s <= FROM_S:
             return _Part("windows", f"({sql})", values, width_s * _S, where, named_in)
-        hour_ns = segments.HOUR_NS
-        last = _FOREVER // hour_ns * hour_ns
+        last = _FOREVER // segments.HOUR_NS * segments.HOUR_NS
         within = spans(where.since_ns or 0, last if where.until_ns is None else where.until_ns, width_s)
-        wide_ones, beside = (
-            " OR ".join(
-                f"(width_s = {width} AND epoch_ns(time) >= {begin} AND epoch_ns(time) < {end})"
-                for width, begin, end in within
-                if (width > FROM_S) == is_wide
-            )
-            or "false"
-            for is_wide in (True, False)
-        )
         joined = f"AS w JOIN {_ENDS_SQL} USING (host, run) WHERE {condition}"
-        sql = f"""({sql}
-            UNION ALL BY NAME SELECT w.* FROM {{covered_windows}} {joined} AND ({beside}) AND epoch_ns(time) < upto
-            UNION ALL BY NAME SELECT w.* FROM {{wide_windows}} {joined} AND ({wide_ones})
-            )"""
-        return _Part("windows", sql, values, width_s * _S, where, named_in, known)
+        for width, begin, end in within:
+            named = "covered_windows" if width == FROM_S else wide.TABLES[width]
+            also = f" AND {stored}" if width == FROM_S else ""
+            sql += (
+                f" UNION ALL BY NAME SELECT w.* FROM {{{named}}} {joined}"
+                f" AND epoch_ns(time) >= {begin} AND epoch_ns(time) < {end}{also}"
+            )
+        return _Part("windows", f"({sql})", values, width_s * _S, where, named_in, _Wide(known, tuple(within)))
 
     def _rows_of(self, table: str, where: Filter) -> int:
         return sum(each.rows for each in self.segments(table, where))
@@ -1401,29 +1408,29 @@ class StoreReader:
         *,
         as_stored: bool = False,
         named_in: Filter | None = None,
-        wide_ones: frozenset[Path] = frozenset(),
+        wide_ones: _Wide | None = None,
     ) -> _T:
         """Run `sql`, in which `{TABLE}` stands for the table's live segments (the newest with `newest_rows` rows).
 
         Rows have the newest names of containers in the filter's time (or that of `named_in`), or with `as_stored` the
-        stored names. `{wide_windows}` stands for those segments of `wide_ones` that stand for others, `{windows}` then
-        for all but these others, and `{covered_windows}` for these where the filter's time begins and ends.
+        stored names.
         """
         used = [table for table in segments.TABLES if "{" + table + "}" in sql]
         naming = [] if as_stored else [table for table in used if table in TABLES]
         containers = self.containers(named_in or where) if naming else []
         for _ in range(_ATTEMPTS):
-            live = {table: self.whole_segments(table, where, newest_rows) for table in used if table != TABLE}
             missing: set[int] = set()
-            if TABLE in used:
-                live, missing = self._live_and_wide(live, where, wide_ones)
+            if wide_ones is None:
+                live = {table: self.whole_segments(table, where, newest_rows) for table in used}
+            else:
+                live, missing = self._live_and_wide(where, wide_ones)
             with self._connected() as connection:
                 names = {table: relation(connection, _STORED.get(table, table), found) for table, found in live.items()}
                 names |= {
                     table: by_newest_name(names[table], containers) for table in (*naming, *_STORED) if table in names
                 }
                 if missing:
-                    names[TABLE] = _without_hours(names[TABLE], missing)
+                    names |= {table: _without_hours(names[table], missing) for table in segments.DAILY}
                 try:
                     return take(connection, sql.format(**names), _used(sql, values))
                 except duckdb.Error as e:
@@ -1431,24 +1438,61 @@ class StoreReader:
                         raise StoreError(f"{self.path}: query failed: {' '.join(str(e).split())}") from e
         raise StoreError(f"{self.path}: segments vanished {_ATTEMPTS} times while they were read; try again")
 
-    def _live_and_wide(
-        self, live: dict[str, list[SegmentFile]], where: Filter, known: frozenset[Path]
-    ) -> tuple[dict[str, list[SegmentFile]], set[int]]:
+    def _live_and_wide(self, where: Filter, asked: _Wide) -> tuple[dict[str, list[SegmentFile]], set[int]]:
         """Return the live segments by table, and the hours that retention has removed from the wide windows' days."""
-        found = self._cover(where, known)
-        edges = {each // segments.HOUR_NS for each in (where.since_ns, where.until_ns) if each is not None}
+        known = asked.known
+        while True:
+            found = self._cover(where, known)
+            chosen = {table: self._of_spans(table, width, found.wide, asked) for width, table in wide.TABLES.items()}
+            lacking = {path for pairs in chosen.values() for path, each in pairs.items() if each is None}
+            if not lacking:
+                break
+            known -= lacking
         missing = set[int]()
-        for each in found.wide:
-            hours = {one.hour for one, by in found.covered.items() if by == each}
-            missing |= self._seen[each.path].hours - hours
-        others = [each for each in found.others if _within(each.hour, where)]
-        beside = [each for each in found.covered if each.hour in edges]
-        if bad := self._damaged_of([*others, *beside]):
+        for one in found.wide:
+            missing |= self._seen[one.path].hours - {each.hour for each, by in found.covered.items() if by == one}
+        edges = {
+            hour
+            for width, begin, end in asked.spans
+            if width == FROM_S
+            for hour in range(begin // segments.HOUR_NS, -(-end // segments.HOUR_NS))
+        }
+        live = {
+            "windows": [each for each in found.others if _within(each.hour, where)],
+            "covered_windows": [each for each in found.covered if each.hour in edges],
+        }
+        if bad := self._damaged_of([each for listed in live.values() for each in listed]):
             self._refuse(bad, None)
-        told = {"windows": others, "covered_windows": beside, TABLE: found.wide}
+        live = {table: [each for each in listed if each.path not in self.damaged] for table, listed in live.items()}
         return live | {
-            table: [each for each in segments_ if each.path not in self.damaged] for table, segments_ in told.items()
+            table: [each for each in pairs.values() if each is not None] for table, pairs in chosen.items()
         }, missing
+
+    def _of_spans(
+        self, table: str, width_s: int, standing: Sequence[SegmentFile], asked: _Wide
+    ) -> dict[Path, SegmentFile | None]:
+        """Return a table's segments in the spans, by the path of the one of `STANDING`; None if damaged or gone."""
+        day_ns = segments.DAY_HOURS * segments.HOUR_NS
+        within = [(begin, end) for width, begin, end in asked.spans if width == width_s]
+        wanted = [
+            each
+            for each in standing
+            if any(
+                begin < day_of(each) * segments.HOUR_NS + day_ns and day_of(each) * segments.HOUR_NS < end
+                for begin, end in within
+            )
+        ]
+        if table == STANDING:
+            return {each.path: each for each in wanted}
+        here: dict[tuple[int, int, int], SegmentFile] = {}
+        for day in dict.fromkeys(map(day_of, wanted)):
+            begin = day * segments.HOUR_NS
+            here |= {
+                (day, each.first, each.last): each for each in segments.listing(self.path, table, begin, begin + day_ns)
+            }
+        bad = self._damaged_of([here[key] for each in wanted if (key := (each.hour, each.first, each.last)) in here])
+        found = {each.path: here.get((each.hour, each.first, each.last)) for each in wanted}
+        return {path: None if each is None or each.path in bad else each for path, each in found.items()}
 
     def blame(self, paths: Sequence[Path], e: Exception) -> bool:
         """Return whether a failed query of these segments should be tried again.

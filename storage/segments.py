@@ -4,7 +4,7 @@
     ├── store.json                                      schema version
     ├── lock                                            flock of the one writer; says who it is
     ├── runs|cost/FIRST-LAST.ROWS.parquet
-    ├── wide_windows/day=YYYY-MM-DD/FIRST-LAST.ROWS.parquet
+    ├── minutes|ten_minutes|hours/day=YYYY-MM-DD/FIRST-LAST.ROWS.parquet
     └── delays|windows|stages|cpus|softirqs|round_trips|ledger/day=YYYY-MM-DD/hour=HH/FIRST-LAST.ROWS.parquet
 
 A segment is a Parquet file that appears whole (temporary name, fsync, rename) and never changes. FIRST and LAST are the
@@ -41,7 +41,7 @@ NO_HOUR: Final = -1
 """Hour of tables that are not partitioned by time."""
 PARTITIONED: Final = ("ledger", "windows", "delays", "stages", "cpus", "softirqs", "round_trips")
 """Tables in the order of writing: the ledger is first, so that no reader sees rows without their losses."""
-DAILY: Final = ("wide_windows",)
+DAILY: Final = ("minutes", "ten_minutes", "hours")
 """Tables that are partitioned by day: `storage.wide` makes them from others."""
 UNFINISHED: Final = "replay"
 """Folder in a store with the state of an incomplete replay, for its resume."""
@@ -63,7 +63,9 @@ ROW_WEIGHT: Final = dict.fromkeys(TABLES, 1) | {
     "windows": 32,
     "stages": 32,
     "softirqs": 32,
-    "wide_windows": 32,
+    "minutes": 32,
+    "ten_minutes": 32,
+    "hours": 32,
 }
 """Weight of a table's row in these limits: a window has a histogram with hundreds of numbers."""
 MOVED_ROWS: Final = 1 << 14

@@ -136,11 +136,6 @@ WINDOWS: Final = (
         " containers.",
     ),
 )
-WIDE_WINDOWS: Final = (
-    Column("time", _TIME, "Start of the window, a multiple of its width. Rows of equal time, width and place add up."),
-    Column("width_s", pa.uint32(), "Width of the window, s: 60, 600 or 3600. Windows of each width count each delay."),
-    *WINDOWS[2:],
-)
 LEDGER: Final = (
     Column("time", _TIME, "Time before which this row accounts for all records."),
     Column("flush", pa.uint64(), "Number that grows with each row of a run: the largest is the newest."),
@@ -289,7 +284,9 @@ ROUND_TRIPS: Final = (
 COLUMNS: Final = {
     "delays": DELAYS,
     "windows": WINDOWS,
-    "wide_windows": WIDE_WINDOWS,
+    "minutes": WINDOWS,
+    "ten_minutes": WINDOWS,
+    "hours": WINDOWS,
     "ledger": LEDGER,
     "runs": RUNS,
     "cost": COST,

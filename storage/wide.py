@@ -1,12 +1,14 @@
 """Wide windows: minutes, ten minutes and hours, folded from a store's windows of ten seconds.
 
-    windows/day=D/hour=00/000000000001-000000003632.ROWS.parquet  ┐
-    windows/day=D/hour=01/000000003601-000000007201.ROWS.parquet  ┴→  wide_windows/day=D/000000000001-000000007201.…
+    windows/day=D/hour=00/000000000001-000000003632.ROWS.parquet  ┐   minutes|ten_minutes|hours/
+    windows/day=D/hour=01/000000003601-000000007201.ROWS.parquet  ┴→  day=D/000000000001-000000007201.ROWS.parquet
 
-A segment FIRST-LAST of `wide_windows` has all delays of the windows of ten seconds in those segments of `windows` of
-its day whose flushes lie within FIRST..LAST, once for each of `WIDTHS_S`: their histograms are added up. It therefore
-stands for these segments exactly, and a reader takes its rows or theirs. It does not count while a segment of `windows`
-is partly within FIRST..LAST; merging makes no such segment, but an older MACE may. Rows of equal time and place add up.
+A segment FIRST-LAST of `hours`, and with it one of `minutes` and one of `ten_minutes`, has all delays of the windows of
+ten seconds in those segments of `windows` of its day whose flushes lie within FIRST..LAST: their histograms are added
+up. It therefore stands for these segments exactly, and a reader takes its rows or theirs. It does not count while a
+segment of `windows` is partly within FIRST..LAST; merging makes no such segment, but an older MACE may. Rows of equal
+time and place add up. Each width is a table of its own, because a reader verifies whole files: of a month, the hours
+are a twentieth of the minutes.
 
 The footer has, under the name `mace.wide`, what a reader would otherwise read the segments of `windows` for: their
 hours, the names of containers, and the ends of the runs' newest windows.
@@ -35,11 +37,16 @@ from storage import checksum, tables
 from storage.ownership import open_new
 from storage.segments import DAY_HOURS, SegmentFile
 
-WIDTHS_S: Final = (60, 600, 3600)
-"""Widths of wide windows, each a multiple of the one before: a month's chart has hours, a week's has ten minutes."""
+TABLES: Final = {60: "minutes", 600: "ten_minutes", 3600: "hours"}
+"""Tables by the width of their windows in s, each a multiple of the one before, in the order of writing.
+
+A month's chart has hours, a week's has ten minutes.
+"""
+WIDTHS_S: Final = tuple(TABLES)
+STANDING: Final = TABLES[3600]
+"""The table whose segments say what stands for what: it is written last."""
 FROM_S: Final = 10
 """Width of the windows that are folded."""
-TABLE: Final = "wide_windows"
 _KEY: Final = b"mace.wide"
 _S: Final = 1_000_000_000
 _BATCH_ROWS: Final = 2_048
@@ -49,7 +56,7 @@ _FOLD_ROWS: Final = 8_192
 _MOST_ROWS: Final = 1 << 16
 """Windows after which the next hour is folded apart: that bounds the memory, and the files of sparse hours."""
 _ROW_GROUP_ROWS: Final = 4_096
-_NAMES: Final = tuple(f.name for f in tables.SCHEMAS[TABLE] if pa.types.is_dictionary(f.type))
+_NAMES: Final = tuple(f.name for f in tables.SCHEMAS[STANDING] if pa.types.is_dictionary(f.type))
 _KEYS: Final = ("segment", *(name for name in _NAMES if name != "segment"), "rank")
 """Columns that rows must share to be folded into one, besides the time."""
 
@@ -121,7 +128,7 @@ class Cover:
 
 
 def cover(windows: Iterable[SegmentFile], wide: Iterable[SegmentFile]) -> Cover:
-    """Return which wide segments count. `windows` are all live segments of the days of `wide`."""
+    """Return which of the wide segments, of `STANDING`, count. `windows` are all live segments of their days."""
     found = Cover([], {}, [])
     by_day: dict[int, list[SegmentFile]] = {}
     for each in windows:
@@ -210,7 +217,7 @@ def to_join(
 
 
 def fold(rows: pa.Table, width_s: int) -> pa.Table:
-    """Return windows of `width_s` with the delays of `rows`, narrower windows with the columns of `wide_windows`.
+    """Return windows of `width_s` with the delays of `rows`, narrower windows with the same columns.
 
     They are sorted by segment, then by time. Rows of the result have the quantiles of their merged histograms.
     """
@@ -243,7 +250,7 @@ def fold(rows: pa.Table, width_s: int) -> pa.Table:
         "bins": pa.ListArray.from_arrays(pa.array(edges.astype(np.int32)), pa.array(bins.astype(np.uint16))),
         "counts": pa.ListArray.from_arrays(pa.array(edges.astype(np.int32)), pa.array(counts)),
     }
-    schema = tables.SCHEMAS[TABLE]
+    schema = tables.SCHEMAS[STANDING]
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
@@ -277,8 +284,8 @@ def _histograms(rows: pa.Table, group: Ints, groups: int) -> tuple[Ints, Ints, I
     return np.searchsorted(cells, np.arange(groups + 1) * BINS), cells % BINS, counts
 
 
-def folded(group: Sequence[SegmentFile], verify: Callable[[SegmentFile], object]) -> tuple[list[pa.Table], About]:
-    """Return the wide windows of segments of windows, a table for each width from the widest on, and what they say.
+def folded(group: Sequence[SegmentFile], verify: Callable[[SegmentFile], object]) -> tuple[dict[str, pa.Table], About]:
+    """Return the wide windows of segments of windows, by table, and what they say.
 
     `verify` is called with each segment before it is read. Raises the errors of `verify`; OSErrors and
     `pyarrow.ArrowInvalid` of damaged segments pass.
@@ -306,9 +313,10 @@ def folded(group: Sequence[SegmentFile], verify: Callable[[SegmentFile], object]
             if waits >= _FOLD_ROWS:
                 fold_waiting()
     fold_waiting()
-    found = [pa.concat_tables(narrow) if narrow else tables.SCHEMAS[TABLE].empty_table()]
+    rows = pa.concat_tables(narrow) if narrow else tables.SCHEMAS[STANDING].empty_table()
+    found = {TABLES[WIDTHS_S[0]]: rows}
     for width_s in WIDTHS_S[1:]:
-        found.insert(0, fold(found[0], width_s))
+        rows = found[TABLES[width_s]] = fold(rows, width_s)
     return found, about
 
 
@@ -334,23 +342,22 @@ def _note(about: About, rows: pa.Table) -> None:
         about.add(host, run, width_s, container_id, container, utc_ns, pod)
 
 
-def write(parts: Sequence[pa.Table], about: About, target: Path) -> None:
-    """Write wide windows to a new file: row groups have one width and one segment, so that readers skip the others."""
+def write(rows: pa.Table, about: About, target: Path) -> None:
+    """Write wide windows to a new file: row groups have one segment each, so that readers skip the others."""
+    rows = rows.unify_dictionaries().combine_chunks()
+    segment = _codes(rows["segment"])
     with open_new(target) as sink, _writer(sink, about) as writer:
-        for part in parts:
-            segment = _codes(part["segment"])
-            for each in np.unique(segment).tolist():
-                rows = part.filter(pa.array(segment == each))
-                writer.write(rows.unify_dictionaries().combine_chunks(), _ROW_GROUP_ROWS)
+        for each in np.unique(segment).tolist():
+            writer.write(rows.filter(pa.array(segment == each)).combine_chunks(), _ROW_GROUP_ROWS)
 
 
 def join(group: Sequence[SegmentFile], target: Path) -> None:
     """Write one segment of wide windows with the rows of several. OSErrors and `pyarrow.ArrowInvalid` pass."""
     about = About()
-    at: list[tuple[int, str, int, int]] = []
+    at: list[tuple[str, int, int]] = []
     for number, each in enumerate(group):
         about |= About.of(each.path)
-        at += [(-width_s, segment, number, index) for index, (width_s, segment) in enumerate(_row_groups(each.path))]
+        at += [(segment, number, index) for index, segment in enumerate(_row_groups(each.path))]
     waiting: list[pa.Table] = []
     with open_new(target) as sink, _writer(sink, about) as writer:
 
@@ -359,28 +366,27 @@ def join(group: Sequence[SegmentFile], target: Path) -> None:
                 writer.write(pa.concat_tables(waiting).unify_dictionaries().combine_chunks(), 2 * _ROW_GROUP_ROWS)
                 waiting.clear()
 
-        before: tuple[int, str] | None = None
-        for width_s, segment, number, index in sorted(at):
-            if (width_s, segment) != before or sum(map(len, waiting)) >= _ROW_GROUP_ROWS:
+        before = ""
+        for segment, number, index in sorted(at):
+            if segment != before or sum(map(len, waiting)) >= _ROW_GROUP_ROWS:
                 write_out()
-                before = width_s, segment
+                before = segment
             with pq.ParquetFile(group[number].path, read_dictionary=list(_NAMES)) as file:
-                waiting.append(tables.grown(file.read_row_group(index, use_threads=False), TABLE))
+                waiting.append(tables.grown(file.read_row_group(index, use_threads=False), STANDING))
         write_out()
 
 
 def _writer(sink: Any, about: About) -> checksum.SegmentWriter:
     told = {_KEY: about.encoded()}
-    return checksum.SegmentWriter(sink, tables.SCHEMAS[TABLE], told, **tables.parquet_options(TABLE))
+    return checksum.SegmentWriter(sink, tables.SCHEMAS[STANDING], told, **tables.parquet_options(STANDING))
 
 
-def _row_groups(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield width and segment of each row group, of which it has one."""
+def _row_groups(path: Path) -> Iterator[str]:
+    """Yield the segment of each row group, of which it has one."""
     found = pq.read_metadata(path)
-    columns = [found.schema.names.index(name) for name in ("width_s", "segment")]
+    column = found.schema.names.index("segment")
     for index in range(found.num_row_groups):
-        width_s, segment = (found.row_group(index).column(column).statistics.min for column in columns)
-        yield int(width_s), str(segment)
+        yield str(found.row_group(index).column(column).statistics.min)
 
 
 # Reading ---------------------------------------------------------------------------------------------------

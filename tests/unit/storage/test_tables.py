@@ -11,8 +11,8 @@ from contracts.hooks import Hook
 from contracts.schema import Delays, Direction, Grades, HookCost
 from contracts.topology import Sharer
 from contracts.windowtable import WindowTable
-from storage import tables
-from storage.wide import WIDTHS_S, fold
+from storage import tables, wide
+from storage.wide import fold
 from tests.made_results import HEADER, make_delays, make_results, make_stages, make_windows, topology
 from tests.made_trips import made_trips
 
@@ -52,9 +52,12 @@ def test_the_file_has_the_declared_types(table):
     rows = {
         "delays": lambda: tables.delays_table(HEADER, delays, topology()),
         "windows": lambda: tables.windows_table(HEADER, WindowTable.of(make_windows(delays)), topology()),
-        "wide_windows": lambda: fold(
-            tables.windows_table(HEADER, WindowTable.of(make_windows(delays)), topology()), WIDTHS_S[0]
-        ),
+        **{
+            table: lambda width_s=width_s: fold(
+                tables.windows_table(HEADER, WindowTable.of(make_windows(delays)), topology()), width_s
+            )
+            for width_s, table in wide.TABLES.items()
+        },
         "ledger": lambda: tables.ledger_table(
             [
                 tables.LedgerRow(

@@ -3,6 +3,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
@@ -32,8 +33,13 @@ def stores(request, tmp_path_factory):
     folded(path)
     without = path.with_name("without")
     shutil.copytree(path, without)
-    shutil.rmtree(without / wide.TABLE)
+    remove_wide(without)
     return path, without
+
+
+def remove_wide(path):
+    for table in segments.DAILY:
+        shutil.rmtree(path / table)
 
 
 def told(groups):
@@ -103,7 +109,7 @@ def test_a_long_range_reads_wide_windows(stores, monkeypatch):
     found = reader.grouped(Filter(BEGIN_NS + 10 * NS, BEGIN_NS + 5 * HOUR_NS, run="a"))
     assert sum(each.count for each in found.values())
     tables = [each.table for each in read]
-    assert tables.count(wide.TABLE) >= 1
+    assert {"hours", "ten_minutes", "minutes"} <= set(tables)
     assert {each.hour for each in read if each.table == "windows"} <= {BEGIN_NS // HOUR_NS, BEGIN_NS // HOUR_NS + 5}
 
 
@@ -120,7 +126,7 @@ def spied(read):
 def test_names_and_ends_come_from_the_footer(stores):
     with_, without = map(StoreReader, stores)
     assert with_.containers() == without.containers()
-    pieces = with_.segments(wide.TABLE)
+    pieces = with_.segments(wide.STANDING)
     assert {each.hour for each in pieces} == {BEGIN_NS // HOUR_NS - 21, BEGIN_NS // HOUR_NS + 3}
     both = wide.About()
     for each in pieces:
@@ -129,41 +135,44 @@ def test_names_and_ends_come_from_the_footer(stores):
     assert known.keys() == {("testhost", "a", 1), ("testhost", "a", 10)}
 
 
-def test_rows_of_each_width_have_all_delays(stores):
-    for each in StoreReader(stores[0]).segments(wide.TABLE):
-        rows = pq.read_table(each.path).to_pandas()
-        assert sorted(rows.width_s.unique()) == [60, 600, 3600]
-        assert rows.groupby("width_s")["count"].sum().nunique() == 1
+def test_every_table_has_all_delays(stores):
+    counted = []
+    for width_s, table in wide.TABLES.items():
+        paths = [each.path for each in StoreReader(stores[0]).segments(table)]
+        rows = pd.concat([pq.read_table(path).to_pandas() for path in paths])
+        assert set(rows.width_s) == {width_s}
+        counted.append(rows.groupby(["container", "device", "direction", "segment"])["count"].sum().to_dict())
         assert (rows["counts"].map(sum) == rows["count"]).all()
-        assert (rows.time.astype("int64") % (rows.width_s.astype("int64") * NS) == 0).all()
+        assert (rows.time.astype("int64") % (width_s * NS) == 0).all()
         assert ((rows.p50_ns >= rows.min_ns) & (rows.p50_ns <= rows.max_ns)).all()
-        # Row groups have one width and one segment each, by which readers skip them.
-        file = pq.ParquetFile(each.path)
-        for index in range(file.num_row_groups):
-            one = file.read_row_group(index, columns=["width_s", "segment"]).to_pandas()
-            assert len(one.drop_duplicates()) == 1
+        # Row groups have one segment each, by which readers skip them.
+        for file in map(pq.ParquetFile, paths):
+            for index in range(file.num_row_groups):
+                assert len(file.read_row_group(index, columns=["segment"])["segment"].unique()) == 1
+    assert counted[0] == counted[1] == counted[2]
 
 
 def test_the_check_reads_wide_windows(stores):
-    told = {each.table: each for each in check(stores[0])}
-    assert told[wide.TABLE].segments >= 2
-    assert not told[wide.TABLE].damaged
+    found = {each.table: each for each in check(stores[0])}
+    assert found["hours"].segments == found["minutes"].segments >= 2
+    assert not found["hours"].damaged
 
 
 def copied(stores, tmp_path):
     return shutil.copytree(stores[0], tmp_path / "store")
 
 
-def test_damaged_wide_windows_do_not_count(stores, tmp_path):
+@pytest.mark.parametrize("table", segments.DAILY)
+def test_damaged_wide_windows_do_not_count(stores, tmp_path, table):
     path = copied(stores, tmp_path)
-    expected = told(StoreReader(path).grouped())
-    for each in segments.listing(path, wide.TABLE):
+    where = Filter(BEGIN_NS + 10 * NS, BEGIN_NS + 5 * HOUR_NS + 10 * NS)
+    expected = told(StoreReader(path).grouped(where))
+    for each in segments.listing(path, table):
         data = bytearray(each.path.read_bytes())
         data[len(data) // 2] ^= 1
         each.path.write_bytes(data)
-    reader = StoreReader(path)
-    assert told(reader.grouped()) == expected
-    assert {each.table for each in check(path) if each.damaged} == {wide.TABLE}
+    assert told(StoreReader(path).grouped(where)) == expected
+    assert {each.table for each in check(path) if each.damaged} == {table}
 
 
 def test_windows_beside_and_removed_ones_are_told_apart(stores, tmp_path):
@@ -173,7 +182,7 @@ def test_windows_beside_and_removed_ones_are_told_apart(stores, tmp_path):
     for table in segments.PARTITIONED:
         shutil.rmtree(segments.partition(path, table, first), ignore_errors=True)
     without = shutil.copytree(path, tmp_path / "without")
-    shutil.rmtree(without / wide.TABLE)
+    remove_wide(without)
     assert told(StoreReader(path).grouped()) == told(StoreReader(without).grouped())
     assert told(StoreReader(path).grouped(source="windows")) == told(StoreReader(without).grouped(source="windows"))
 
@@ -186,23 +195,23 @@ def test_retention_removes_a_day_with_its_last_hour(stores, tmp_path):
     for limit in (size - 1, size // 2, 1):
         removed += segments.retain(path, newest, None, limit)
         days = {wide.day_of(each) for table in segments.PARTITIONED for each in segments.listing(path, table)}
-        left.append({each.hour for each in segments.listing(path, wide.TABLE)})
+        left.append({each.hour for each in segments.listing(path, wide.STANDING)})
         assert left[-1] == days
     assert [len(each) for each in left] == [2, 1, 1]
-    assert not (path / wide.TABLE / "day=2025-06-15").exists()
+    assert not (path / wide.STANDING / "day=2025-06-15").exists()
     assert removed.segments
 
 
 def test_an_interrupted_writer_leaves_what_the_next_one_makes(stores, tmp_path):
     path = copied(stores, tmp_path)
     expected = told(StoreReader(path).grouped())
-    first = segments.listing(path, wide.TABLE)[0]
+    first = segments.listing(path, wide.STANDING)[0]
     first.path.rename(first.path.with_name(first.path.name + ".tmp"))
     assert told(StoreReader(path).grouped()) == expected
     segments.remove_leftovers(path)
     assert folded(path) >= 1
     assert folded(path) == 0
-    again = segments.listing(path, wide.TABLE)[0]
+    again = segments.listing(path, wide.STANDING)[0]
     assert (again.hour, again.first, again.last) == (first.hour, first.first, first.last)
     assert told(StoreReader(path).grouped()) == expected
 
@@ -213,7 +222,7 @@ def made(*bounds, hour=0, table="windows", root=Path("/store")):
 
 def test_a_wide_segment_counts_unless_windows_are_partly_within_it():
     windows = made((1, 5), (6, 9)) + made((10, 12), hour=1)
-    [piece] = made((1, 9), table=wide.TABLE)
+    [piece] = made((1, 9), table=wide.STANDING)
     found = wide.cover(windows, [piece])
     assert (found.wide, list(found.covered), found.others) == ([piece], windows[:2], windows[2:])
     straddling = [*windows[:1], *made((6, 10))]
@@ -229,7 +238,7 @@ def test_what_is_folded():
     assert wide.to_fold([*past, *newest], [], 100, 1) == [past]
     assert wide.to_fold([*past, *newest], [], 8, 1) == []
     assert wide.to_fold([*past, *newest], [], 100, 1, [past[0].path]) == []
-    assert wide.to_fold([*past, *newest], made((1, 9), table=wide.TABLE), 100, 1) == []
+    assert wide.to_fold([*past, *newest], made((1, 9), table=wide.STANDING), 100, 1) == []
     # Windows whose flushes overlap belong together, also those of the newest hour.
     late = made((6, 11))
     assert wide.to_fold([*past[:1], *late, *newest], [], 100, 1) == [[*past[:1], *late, *newest]]
@@ -241,13 +250,15 @@ def test_what_is_folded():
 
 
 def test_what_is_joined():
-    pieces = made((1, 5), (6, 9), table=wide.TABLE)
+    pieces = made((1, 5), (6, 9), table=wide.STANDING)
     windows = made((1, 5), (6, 9))
     assert wide.to_join(windows, pieces, 23) == []
     assert wide.to_join(windows, pieces, 24) == [pieces]
     assert wide.to_join(made((1, 3), (6, 9), (4, 5)), pieces, 24) == [pieces]
     assert wide.to_join([*windows, *made((10, 11))], pieces, 24) == [pieces]
-    assert wide.to_join(made((1, 5), (7, 9)) + made((6, 6), hour=1), made((1, 5), (7, 9), table=wide.TABLE), 24) == []
+    assert (
+        wide.to_join(made((1, 5), (7, 9)) + made((6, 6), hour=1), made((1, 5), (7, 9), table=wide.STANDING), 24) == []
+    )
 
 
 def test_merging_keeps_to_the_bounds_of_wide_segments():

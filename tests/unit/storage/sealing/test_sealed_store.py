@@ -336,7 +336,7 @@ def test_wide_windows_are_sealed_too(tmp_path, key):
     asyncio.run(write_run(root, "a", rows=False, seal=key))
     found = check(root)
     assert (found.state, found.findings) == ("intact", [])
-    pieces = files(root, wide.TABLE)
+    pieces = files(root, wide.STANDING)
     assert pieces
     data = bytearray(pieces[0].read_bytes())
     data[len(data) // 2] ^= 1
@@ -355,6 +355,6 @@ def test_edited_windows_are_not_folded(tmp_path, key, monkeypatch):
     edited.write_bytes(tables.encode(table.cast(tables.SCHEMAS["windows"]), "windows"))
     hours = {each.hour for each in segments.listing(root, "windows")}
     asyncio.run(write_run(root, "b", rows=False, seal=key, hours=1, begin_ns=(max(hours) + 1) * HOUR_NS))
-    about = [wide.About.of(each) for each in files(root, wide.TABLE)]
+    about = [wide.About.of(each) for each in files(root, wide.STANDING)]
     assert about
     assert min(hours) not in set().union(*(each.hours for each in about))
