@@ -758,6 +758,38 @@ class StoreReader:
             (*key, each.count, each.sum_ns, each.min_ns, each.max_ns, *each.histogram()) for key, each in merged.items()
         ]
 
+    @_written_by_mace
+    def unseen(self, where: Filter = Filter(), source: From = "auto") -> list[str]:
+        """Return the sentences of `Summary.unseen`, from counts alone: without reading a histogram."""
+        runs = self.runs(where)
+        found = Summary(ledger=Ledger(), packets=0, grades=Grades(), several_devices=None)
+        for run in runs:
+            found.observed(run.hooks)
+        if found.sees_past_tracepoints:
+            return []
+        containers = self.containers(where)
+        ids = {(one.host, one.container): one.container_id for one in containers}
+        found.pods = {one.container_id: one.pod_containers for one in containers if one.pod_containers}
+        for part in self._parts(where, (Segment.DEVICE, Segment.DELIVERY), source):
+            counted = "count(*)" if part.table == "delays" else "sum(count)"
+            columns = f"{_PLACE}, direction, segment, {counted}"
+            rows = self._query(
+                f"SELECT {columns} FROM {part.rows_sql} WHERE role = 'inner' GROUP BY ALL",
+                part.where,
+                part.values,
+                None,
+                lambda connection, sql, values: connection.execute(sql, values).fetchall(),
+                named_in=part.named_in,
+                wide_ones=part.wide,
+            )
+            for *row, direction, segment, count in rows:
+                place = _place(row)
+                place = replace(place, container_id=ids.get((place.host, place.container), ""))
+                nothing = np.zeros(0, np.int64)
+                delays = found.distribution(place, Direction[direction.upper()], Segment[segment.upper()])
+                delays.add(int(count), 0, 0, 0, nothing, nothing)
+        return found.unseen()
+
     def _count_packets(self, where: Filter, runs: Sequence[Run]) -> int:
         condition, values = _condition(where, runs)
         if where == Filter(container=where.container, run=where.run, host=where.host) and where.container is not None:

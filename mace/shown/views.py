@@ -278,7 +278,9 @@ def overview(store: StoreReader, asked: Asked) -> View:
         values = dict(zip(by, group, strict=True))
         _append(columns, values | {"rate_per_s": round(whole.count / seconds, 1)} | whole.as_dict())
         spark.append(_spark(stretches))
-    return View(columns, _noted(store, base.about()) | {"spark": spark, "width_ns": over.width_ns})
+    about = base.about()
+    about["losses"] += store.unseen(base.where, asked.source)
+    return View(columns, _noted(store, about) | {"spark": spark, "width_ns": over.width_ns})
 
 
 def _spark(stretches: Mapping[int, Distribution]) -> list[list[int]]:
