@@ -108,7 +108,7 @@ class _Folding:
         for table, rows in found.items():
             old = [each for each in day.wide[table].values() if each.first <= last and first <= each.last]
             target = segments.segment(self.root, table, wide.day_of(group[0]), first, last, len(rows))
-            segments.write_whole(target.path, partial(wide.write, rows, about), fsync=self.fsync)
+            segments.write_whole(target.path, partial(wide.write, rows, about, table=table), fsync=self.fsync)
             old = [each for each in old if each.path != target.path]
             if self.seal is not None:
                 self.seal.merged(target, old)

@@ -38,7 +38,7 @@ from contracts.topology import Sharer, newest_names
 from contracts.windowtable import FIGURES, NUMBERS, WindowTable
 from storage import checksum, segments, tables, wide
 from storage.embedded import check_schema
-from storage.merging import Histograms
+from storage.merging import Histograms, cells_of
 from storage.naming import TABLES, Named, by_newest_name, named, newest_of
 from storage.segments import SegmentFile
 from storage.wide import FROM_S, STANDING, WIDTHS_S, About, Cover, cover, day_of, spans
@@ -1328,8 +1328,9 @@ class StoreReader:
         def take(connection: duckdb.DuckDBPyConnection, sql: str, values: dict[str, Any]) -> list[Histograms]:
             found = [Histograms(each.by, each.coarse_bits) for each in wanted]
             for batch in connection.sql(sql, params=values).to_arrow_reader(_BATCH_WINDOWS) or ():
+                cells = cells_of(batch)
                 for each in found:
-                    each.add(batch)
+                    each.add(batch, cells)
             return found
 
         columns = dict.fromkeys(name for each in wanted for name in each.by)

@@ -55,9 +55,10 @@ _FOLD_ROWS: Final = 8_192
 """Windows of ten seconds that are folded at a time: 10 MB with histograms of a hundred bins."""
 _MOST_ROWS: Final = 1 << 16
 """Windows after which the next hour is folded apart: that bounds the memory, and the files of sparse hours."""
-_ROW_GROUP_ROWS: Final = 4_096
+_ROW_GROUP_ROWS: Final = {"minutes": 4_096, "ten_minutes": 4_096, "hours": 512}
+"""Rows of a row group. DuckDB decodes the histograms of whole row groups: with 512 hours, those of a few containers."""
 _NAMES: Final = tuple(f.name for f in tables.SCHEMAS[STANDING] if pa.types.is_dictionary(f.type))
-_KEYS: Final = ("segment", *(name for name in _NAMES if name != "segment"), "rank")
+_KEYS: Final = ("segment", "container", *(name for name in _NAMES if name not in ("segment", "container")), "rank")
 """Columns that rows must share to be folded into one, besides the time."""
 
 
@@ -219,16 +220,16 @@ def to_join(
 def fold(rows: pa.Table, width_s: int) -> pa.Table:
     """Return windows of `width_s` with the delays of `rows`, narrower windows with the same columns.
 
-    They are sorted by segment, then by time. Rows of the result have the quantiles of their merged histograms.
+    They are sorted by segment, container and time. Rows of the result have the quantiles of their merged histograms.
     """
     if not len(rows):
         return rows
     rows = rows.unify_dictionaries().combine_chunks()
     width_ns = width_s * _S
     starts = rows["time"].cast(pa.int64()).to_numpy() // width_ns * width_ns
-    code = _codes(rows["segment"])
+    code = _joined(_codes(rows["segment"]), _codes(rows["container"]))
     code = _joined(code, np.unique(starts, return_inverse=True)[1])
-    for name in _KEYS[1:]:
+    for name in _KEYS[2:]:
         code = _joined(code, _codes(rows[name]))
     _, chosen, group = np.unique(code, return_index=True, return_inverse=True)
     order = np.argsort(group, kind="stable")
@@ -255,11 +256,12 @@ def fold(rows: pa.Table, width_s: int) -> pa.Table:
 
 
 def _codes(column: pa.ChunkedArray) -> Ints:
-    """Return a number for each value of a column; equal values have equal numbers."""
+    """Return a number for each value of a column, in the order of the values."""
     whole = column.combine_chunks()
     if pa.types.is_dictionary(column.type):
         whole = whole.chunk(0) if isinstance(whole, pa.ChunkedArray) else whole
-        found: Ints = whole.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+        rank = np.unique(whole.dictionary.to_numpy(zero_copy_only=False).astype(str), return_inverse=True)[1]
+        found: Ints = rank.astype(np.int64)[whole.indices.to_numpy(zero_copy_only=False)]
         return found
     return np.unique(column.to_numpy(), return_inverse=True)[1].astype(np.int64)
 
@@ -342,18 +344,18 @@ def _note(about: About, rows: pa.Table) -> None:
         about.add(host, run, width_s, container_id, container, utc_ns, pod)
 
 
-def write(rows: pa.Table, about: About, target: Path) -> None:
+def write(rows: pa.Table, about: About, target: Path, table: str) -> None:
     """Write wide windows to a new file: row groups have one segment each, so that readers skip the others."""
     rows = rows.unify_dictionaries().combine_chunks()
     segment = _codes(rows["segment"])
     with open_new(target) as sink, _writer(sink, about) as writer:
         for each in np.unique(segment).tolist():
-            writer.write(rows.filter(pa.array(segment == each)).combine_chunks(), _ROW_GROUP_ROWS)
+            writer.write(rows.filter(pa.array(segment == each)).combine_chunks(), _ROW_GROUP_ROWS[table])
 
 
 def join(group: Sequence[SegmentFile], target: Path) -> None:
     """Write one segment of wide windows with the rows of several. OSErrors and `pyarrow.ArrowInvalid` pass."""
-    about = About()
+    about, table = About(), group[0].table
     at: list[tuple[str, int, int]] = []
     for number, each in enumerate(group):
         about |= About.of(each.path)
@@ -363,16 +365,19 @@ def join(group: Sequence[SegmentFile], target: Path) -> None:
 
         def write_out() -> None:
             if waiting:
-                writer.write(pa.concat_tables(waiting).unify_dictionaries().combine_chunks(), 2 * _ROW_GROUP_ROWS)
+                rows = pa.concat_tables(waiting).unify_dictionaries().combine_chunks()
+                order = np.lexsort((rows["time"].cast(pa.int64()).to_numpy(), _codes(rows["container"])))
+                writer.write(rows.take(pa.array(order)), _ROW_GROUP_ROWS[table])
                 waiting.clear()
 
         before = ""
         for segment, number, index in sorted(at):
-            if segment != before or sum(map(len, waiting)) >= _ROW_GROUP_ROWS:
+            # A day's hours are sorted as a whole.
+            if segment != before or sum(map(len, waiting)) >= 2 * _ROW_GROUP_ROWS["minutes"]:
                 write_out()
                 before = segment
             with pq.ParquetFile(group[number].path, read_dictionary=list(_NAMES)) as file:
-                waiting.append(tables.grown(file.read_row_group(index, use_threads=False), STANDING))
+                waiting.append(tables.grown(file.read_row_group(index, use_threads=False), table))
         write_out()
 
 

@@ -143,7 +143,7 @@ def _shifted(store: Path, of: segments.SegmentFile, day: int) -> None:
     times = pa.array(rows["time"].cast(pa.int64()).to_numpy() + later_ns).cast(rows.schema.field(0).type)
     target = segments.segment(store, of.table, of.hour + later, of.first + later, of.last + later, of.rows)
     rows = rows.set_column(0, rows.schema.field(0), times)
-    segments.write_whole(target.path, lambda temporary: wide.write(rows, about, temporary), fsync=False)
+    segments.write_whole(target.path, lambda temporary: wide.write(rows, about, temporary, of.table), fsync=False)
 
 
 def _entry(hour: int, second: int, last: bool) -> tables.LedgerRow:
