@@ -357,6 +357,7 @@ def test_retention_may_remove_what_is_being_read(tmp_path):
 
     with serving(path, ANYWHERE, OPEN) as page, ThreadPoolExecutor(3) as viewers:
         asked = [viewers.submit(follow, page.port, name) for name in ("overview", "heat", "devices")]
+        wait_for(lambda: any(name == "overview" for name, *_ in answers), limit_s=60)
         for share in (90, 70, 50, 30, 10, 1):
             segments.retain(path, BEGIN_NS / 1e9 + 6 * 3600, None, sum(sizes) * share // 100)
             count = len(answers)
