@@ -3,10 +3,11 @@
     programs ──slots──▶ CpuRing ──views──▶ RingMerger ──▶ batches, in time order
     (one ring per CPU)  tick by tick  markers            devices, as they change, between them
 
-One tick reads all records in the rings. A tick runs every gather interval, earlier when a CPU has written a quarter of a
-ring or a device changes, and every poll interval while a ring fills fast. A ring that was read at time T and had no busy slot has returned all records from before T: these times drive
-the merge. Only a program that was running at T may still add an earlier record, for which the hold-back waits. Records
-that the hold-back delays stay in the rings, or are copied out when the rings run short of room.
+One tick reads all records in the rings. A tick runs every gather interval, earlier when a CPU has written a quarter of
+a ring or a device changes, and every poll interval while a ring fills fast. A ring that was read at time T and had no
+busy slot has returned all records from before T: these times drive the merge. Only a program that was running at T may
+still add an earlier record, for which the hold-back waits. Records that the hold-back delays stay in the rings, or are
+copied out when the rings run short of room.
 
 A full ring makes the programs discard new records and count them by CPU and hook. Each record holds the number of
 records that its CPU had lost by then, so a marker stands exactly where records are missing. The kernel does not run a
@@ -400,7 +401,7 @@ class BpfSource(RecordSource):
                 cpu.ring.release()
 
     def _time_runs(self) -> None:
-        """Switch the kernel's timing of the programs on for a tick each `_TIMED_EVERY_S`, and add up what it counted."""
+        """Switch the kernel's timing of the programs on for a tick each `_TIMED_EVERY_S`, and add up its counts."""
         assert self._session is not None
         if self._timed_from:
             for hook, runs in self._session.runs().items():

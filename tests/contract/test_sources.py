@@ -119,7 +119,9 @@ def kmod(_):
 
     def make():
         # 16 sub-buffers of 63 records for each CPU.
-        return KmodSource(KmodConfig(ring_kib_per_cpu=64, poll_interval_s=0.01, gather_interval_s=0.01), followers(), open_module)
+        return KmodSource(
+            KmodConfig(ring_kib_per_cpu=64, poll_interval_s=0.01, gather_interval_s=0.01), followers(), open_module
+        )
 
     def held():
         return followers.held() + sum(module.log[-1:] != ["close"] for module in modules)
