@@ -34,6 +34,7 @@ from storage import segments
 from storage.broker import Broker
 from storage.mqtt import StreamPublisher
 from storage.query import StoreReader
+from storage.tables import REMAINDER, from_stored
 from tests.benchmark.figures import MACE, cpu_s, figure, folder, peak_mib
 from tests.benchmark.mqtt_hosts import KEEPALIVE_S, PINGREQ, HostConnection, packet, publish
 from tests.brokers import Mosquitto, mosquitto
@@ -297,7 +298,7 @@ def wait_s(store: Path) -> np.ndarray[Any, Any]:
     """Return for each row the time from its packet until its segment could be read."""
     found = []
     for each in segments.listing(store, "delays"):
-        rows = pq.read_table(each.path, columns=["time"], partitioning=None)
+        rows = from_stored(pq.read_table(each.path, columns=["time", REMAINDER], partitioning=None))
         # A rename changes the inode: from then on readers see the segment.
         found.append((each.path.stat().st_ctime_ns - rows["time"].cast("int64").to_numpy()) / 1e9)
     return np.concatenate(found)

@@ -78,8 +78,8 @@ def content(path, host):
     found = {}
     for table in ("delays", "windows"):
         paths = [str(each.path) for each in segments.listing(path, table)]
-        rows = "SELECT * REPLACE (epoch_ns(time) AS time) FROM read_parquet($paths, hive_partitioning = false)"
-        mine = f"{rows} WHERE host = $host ORDER BY ALL"
+        whole = "SELECT * EXCLUDE time_remainder_ns REPLACE (epoch_ns(time) + time_remainder_ns AS time)"
+        mine = f"{whole} FROM read_parquet($paths, hive_partitioning = false) WHERE host = $host ORDER BY ALL"
         found[table] = duckdb.execute(mine, {"paths": paths, "host": host}).fetchall() if paths else []
     found["stages"] = [
         (
