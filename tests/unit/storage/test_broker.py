@@ -44,7 +44,7 @@ def test_several_brokers_are_told_apart_by_their_addresses():
     brokers = Brokers(MqttConfig(broker="mqtt://a.example, mqtt://b.example:77"))
     assert [each.address for each in brokers.all] == ["mqtt://a.example:1883", "mqtt://b.example:77"]
     for listed in ("mqtt://a.example,mqtt://A.example:1883", "mqtt://a.example,"):
-        with pytest.raises(ConfigError, match="named twice|expected mqtt://HOST"):
+        with pytest.raises(ConfigError, match=r"named twice|expected mqtt://HOST"):
             Brokers(MqttConfig(broker=listed))
 
 
