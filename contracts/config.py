@@ -226,9 +226,13 @@ class SinksConfig:
 
 @dataclass(frozen=True, slots=True)
 class MqttConfig:
-    """`[mqtt]`: the broker that hosts publish to and the ingest subscribes at."""
+    """`[mqtt]`: the broker that hosts publish to and the ingest subscribes at, or several brokers."""
 
-    broker: str = _key("", "`mqtt://HOST[:PORT]`, or `mqtts://HOST[:PORT]` for TLS.")
+    broker: str = _key(
+        "",
+        "`mqtt://HOST[:PORT]`, or `mqtts://HOST[:PORT]` for TLS. Of several, separated by commas, a host's name chooses"
+        " one; hosts and ingests need the same list.",
+    )
     username: str = _key("", "User name at the broker; empty: the certificate's, or none.")
     password_file: str = _key(
         "", "File whose first line is the password; empty: the environment variable `MACE_MQTT_PASSWORD`, if set."

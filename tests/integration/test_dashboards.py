@@ -43,7 +43,16 @@ def database(tmp_path_factory):
     influx = Influx(place / "server").start()
     try:
         for source in ("kmod", "ftrace"):
-            told = ("replay", FILES / f"{source}.mace", "--store", place / source, "--influxdb", influx.url, "--json")
+            told = (
+                "replay",
+                FILES / f"{source}.mace",
+                "--cpus",
+                "--store",
+                place / source,
+                "--influxdb",
+                influx.url,
+                "--json",
+            )
             mace(*told, "--config", config(place, source))
         said, capture = FILES / "ping.txt", FILES / "kmod.mace"
         mace("correct", said, capture, "--container", "c1", "--influxdb", influx.url, "--config", config(place, "rtt"))
