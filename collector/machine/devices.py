@@ -512,22 +512,25 @@ def snapshot(
     docker_sockets: Sequence[str] = API_SOCKETS,
     pod_logs: str = LOG_FOLDER,
     cri_sockets: Sequence[str] = CRI_SOCKETS,
-) -> tuple[Device, ...]:
-    """Return the current devices with their roles, sorted; blocks for some milliseconds. Raises `Unavailable`."""
+) -> Snapshot:
+    """Return the current devices with their roles, sorted, and the containers on the host's network.
 
-    def look() -> tuple[Device, ...]:
+    The call blocks for some milliseconds. Raises `Unavailable`.
+    """
+
+    def look() -> Snapshot:
         watch = _Watch(host_netns, outer, remote_netns, docker_sockets, pod_logs=pod_logs, cri_sockets=cri_sockets)
         try:
-            return watch.open().devices
+            return watch.open()
         finally:
             watch.close()
 
     return _in_own_thread(look)
 
 
-def _in_own_thread(work: Callable[[], tuple[Device, ...]]) -> tuple[Device, ...]:
+def _in_own_thread(work: Callable[[], Snapshot]) -> Snapshot:
     """Run `work` in a thread that ends afterwards: a thread that left its network namespace must not be reused."""
-    done: Future[tuple[Device, ...]] = Future()
+    done: Future[Snapshot] = Future()
 
     def run() -> None:
         try:
@@ -544,7 +547,7 @@ def _in_own_thread(work: Callable[[], tuple[Device, ...]]) -> tuple[Device, ...]
 def check(*, host_netns: str | int | None = None) -> Status:
     """Return whether devices can be followed here, with the numbers of devices and namespaces found."""
     try:
-        devices = snapshot(host_netns=host_netns, docker_sockets=())
+        devices = snapshot(host_netns=host_netns, docker_sockets=()).devices
     except Unavailable as failure:
         return Status(False, failure.why, failure.remedy)
     namespaces = {device.netns for device in devices}

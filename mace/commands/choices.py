@@ -11,8 +11,10 @@ from contracts.sources import LIVE
 
 SOURCES: Final = ("auto", *LIVE)
 """Names of the live sources: `contracts.config.SOURCES`."""
-RUNTIMES: Final = ("netns", "docker")
+RUNTIMES: Final = ("netns", "docker", "podman", "apptainer")
 """Runtimes for the containers of a test network: `mace.lab.Runtime`."""
+EXPERIMENT_RUNTIMES: Final = (*RUNTIMES, "apptainer-ptp")
+"""Runtimes that the experiment compares: `mace.trials.experiment.plan.RUNTIMES`."""
 LAYOUTS: Final = ("bridge", "flannel", "calico", "ptp", "cilium")
 """Layouts of a test network: `mace.lab.Layout`."""
 FAR_ENDS: Final = ("namespace", "guest")

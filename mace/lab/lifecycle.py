@@ -21,7 +21,8 @@ from typing import IO, Any, Final
 from collector.machine.kernel import boot_id
 from contracts.config import CaptureConfig
 from contracts.errors import LabError, Unavailable, UsageError, nearest
-from mace.lab import cni, cni_list, docker, guest, layouts, netns, network, plan, state
+from mace.lab import cni, cni_list, engines, guest, holder, layouts, netns, network, plan, state
+from mace.lab.engines import ENGINES
 from mace.lab.plan import HOST, REMOTE, Family, FarEnd, Layout, Runtime, Spec
 from mace.lab.state import Member, State
 from mace.lab.traffic import Traffic
@@ -74,7 +75,7 @@ class Lab(Traffic):
 
     @property
     def docker_socket(self) -> Path | None:
-        """Path of the API socket of the lab's Docker daemon; None for the netns runtime."""
+        """Path of the API socket of the lab's Docker daemon or Podman service; None for the other runtimes."""
         return Path(self._state.docker_socket) if self._state.docker_socket else None
 
     def netns_path(self, member: str) -> Path:
@@ -89,6 +90,8 @@ class Lab(Traffic):
         """Description of a network that CNI plugins have made, or of a layout; "" for the lab's own."""
         if self.spec.layout is not Layout.BRIDGE:
             return f"layout {self.spec.layout}, far end {self.address(REMOTE)}"
+        if any(self.shares_host(name) for name in self.containers):
+            return f"{', '.join(self.containers)} share the host's network, which adds nothing to their packets"
         if not self.spec.cni:
             return ""
         made = cni_list.parse(self.spec.cni)
@@ -112,6 +115,8 @@ class Lab(Traffic):
             return str(plan.OVERLAY[family == 6])
         if member == REMOTE:
             return str(plan.wire(REMOTE)[family == 6].ip)
+        if self.shares_host(member):
+            return str(plan.wire(HOST)[family == 6].ip)
         found = self._member(member)
         address = found.ipv4 if family == 4 else found.ipv6
         if not address:
@@ -121,6 +126,8 @@ class Lab(Traffic):
     def families(self, member: str) -> tuple[Family, ...]:
         """Return the IP versions of which the member has an address. Raises `UsageError` for an unknown member."""
         found = self._member(member)
+        if self.shares_host(member):
+            return self.families(HOST)
         both: tuple[tuple[Family, str], ...] = ((4, found.ipv4), (6, found.ipv6))
         return tuple(family for family, address in both if address)
 
@@ -130,6 +137,20 @@ class Lab(Traffic):
         if netns.inode(path) != self.netns_inode(member):
             raise LabError(f"lab {self.name!r}: the namespace of {member} is gone ({path})")
         return netns.enter_command(path, argv)
+
+    def inside(self, member: str, argv: list[str]) -> list[str]:
+        """Return the command line that runs `argv`, a program of its image, in all namespaces of a container.
+
+        For a member without a runtime, it runs in the member's network namespace alone.
+        """
+        engine, found = ENGINES.get(self.spec.runtime), self._member(member)
+        if engine is None or member in (HOST, REMOTE):
+            return self.command(member, argv)
+        return engine.command(self._state, found, argv)
+
+    def shares_host(self, member: str) -> bool:
+        """Return whether a container is in the host's network namespace."""
+        return member != HOST and self.netns_inode(member) == self.netns_inode(HOST)
 
     def environment(self, member: str) -> dict[str, str]:
         """Return the environment that marks a process as the member's, so that it ends with the member."""
@@ -246,8 +267,8 @@ def check(spec: Spec | None = None) -> list[Unavailable]:
         for program in ("ip", "nft", "nsenter", "ping", *(layouts.programs(spec.layout) if spec else ()))
         if netns.find_program(program) is None
     ]
-    if spec is not None and spec.runtime is Runtime.DOCKER:
-        found += docker.problems()
+    if spec is not None:
+        found += engines.problems(spec)
     if spec is not None and spec.cni:
         found += cni.problems(spec)
     if spec is not None and spec.far_end is FarEnd.GUEST:
@@ -288,9 +309,9 @@ def up(spec: Spec, *, detached: bool = True) -> Lab:
         places = [plan.place(spec, name, slot) for slot, name in enumerate(plan.container_names(spec))]
         for place in places:
             record.members[place.name] = _planned(record, place)
-        if spec.runtime is Runtime.DOCKER:
-            record.docker_socket = str(record.directory / "docker.sock")
-            record.made_directories = docker.directories_to_make(spec.name)
+        if (engine := ENGINES.get(spec.runtime)) is not None:
+            record.made_directories = holder.directories_to_make(spec.name, engine.covered)
+            record.docker_socket = str(record.directory / "docker.sock") if engine.has_api else ""
         if spec.cni:
             record.cni_path = cni.plugin_path()
         record.save()
@@ -370,7 +391,7 @@ def list_labs() -> list[LabInfo]:
         if why:
             busy = state.is_locked(name) and record.phase != state.UP
             status, detail = (record.phase, "") if busy else ("broken", why)
-        runtime = "cni" if record.spec.cni else record.spec.runtime.value
+        runtime = "cni" if record.spec.cni and record.spec.runtime is Runtime.NETNS else record.spec.runtime.value
         infos.append(LabInfo(name, status, runtime, members, detail))
     return infos
 
@@ -394,8 +415,8 @@ def _pipes(process: subprocess.Popen[str]) -> list[IO[str]]:
 
 
 def _planned(record: State, place: plan.Placement) -> Member:
-    if record.spec.runtime is Runtime.DOCKER:  # Docker assigns addresses itself
-        return Member(str(docker.handle(record, place.name)), slot=place.slot)
+    if ENGINES.get(record.spec.runtime) is not None:  # runtimes assign addresses themselves
+        return Member(str(holder.handle(record, place.name)), slot=place.slot)
     path = netns.NETNS_DIR / plan.netns_name(record.spec.name, place.name)
     if record.spec.cni:  # so do CNI plugins
         return Member(str(path), slot=place.slot)
@@ -416,10 +437,13 @@ def _create_host(record: State) -> None:
     network.build_wire(record.spec.name, record.spec.far_end, env)
     if record.spec.far_end is FarEnd.GUEST:
         guest.start(record)
-    if record.spec.runtime is Runtime.DOCKER:
-        docker.start(record)
-    elif record.spec.cni:
+    engine = ENGINES.get(record.spec.runtime)
+    if record.spec.cni:
         network.route_back(record.spec.name, env)
+    if engine is not None:
+        engine.start(record)
+    elif record.spec.cni:
+        pass  # the plugins make everything, container by container
     elif record.spec.layout is Layout.BRIDGE:
         network.build_bridges(record.spec, env)
     else:
@@ -427,9 +451,9 @@ def _create_host(record: State) -> None:
 
 
 def _create_containers(record: State, places: list[plan.Placement]) -> None:
-    if record.spec.runtime is Runtime.DOCKER:
+    if (engine := ENGINES.get(record.spec.runtime)) is not None:
         for place in places:
-            record.members[place.name] = docker.create(record, place)
+            record.members[place.name] = engine.create(record, place)
         _note_inodes(record, [place.name for place in places])
         return
     env = record.environment()
@@ -457,8 +481,8 @@ def _remove_member(record: State, name: str) -> None:
     member = record.members[name]
     path = Path(member.path)
     state.kill(record.id, name)
-    if record.spec.runtime is Runtime.DOCKER:
-        docker.remove(record, member)
+    if (engine := ENGINES.get(record.spec.runtime)) is not None:
+        engine.remove(record, member)
     else:
         if record.spec.cni:
             cni.delete(record, name)
@@ -478,13 +502,13 @@ def _clean(record: State) -> None:
     state.kill(record.id)
     if record.spec.cni:
         for name in record.members:
-            cni.delete(record, name)
+            cni.delete(record, name)  # nothing for containers whose runtime calls the plugins
     _remove_namespaces(record.spec.name, env)
     # Again, because an `ip netns add` may have finished after its parent was killed and before it was killed itself.
     state.kill(record.id)
     _remove_namespaces(record.spec.name, env)
     guest.clean(record)
-    docker.clean(record)
+    holder.clean(record)
     record.forget()
 
 
@@ -530,7 +554,7 @@ def _trouble(record: State) -> str:
     if record.owner is not None and not record.owner.alive():
         return f"its process {record.owner.pid} has ended"
     if record.daemon is not None and not record.daemon.alive():
-        return "its Docker daemon has ended"
+        return f"{ENGINES[record.spec.runtime].holder} has ended"
     if record.guest is not None and not record.guest.process.alive():
         return "its far end, a virtual machine, has ended"
     for name, member in record.members.items():

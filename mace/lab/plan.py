@@ -56,6 +56,10 @@ class Runtime(StrEnum):
     """Bare network namespaces: everything that affects packets, made in a few milliseconds."""
     DOCKER = "docker"
     """Real containers of a Docker daemon that runs inside the lab's host namespace."""
+    PODMAN = "podman"
+    """The same with Podman's service."""
+    APPTAINER = "apptainer"
+    """Instances of Apptainer: on the host's network, or with `cni` in namespaces of their own (`apptainer --net`)."""
 
 
 class Layout(StrEnum):
@@ -115,16 +119,18 @@ class Spec:
             raise UsageError(f"containers: {self.containers}, expected 1 to {capacity(self)}")
         if self.same_addresses and self.bridges < 2:
             raise UsageError("same addresses need two bridges or more (two containers of one bridge must differ)")
-        if self.runtime is Runtime.DOCKER and self.bridges > 1:
-            raise UsageError("the docker runtime has one bridge, docker0; more need the netns runtime")
+        if self.runtime is not Runtime.NETNS and self.bridges > 1:
+            raise UsageError(f"the {self.runtime} runtime has one bridge at most; more need the netns runtime")
         if self.guest_kernel and self.far_end is not FarEnd.GUEST:
             raise UsageError("a guest's kernel is for a far end in a guest (--far-end guest)")
         if self.cni:
             cni_list.parse(self.cni)
         what = "a CNI network" if self.cni else f"the layout {self.layout}" if self.layout is not Layout.BRIDGE else ""
-        plain = self.bridges == 1 and self.runtime is Runtime.NETNS and self.far_end is FarEnd.NAMESPACE
+        runtimes = (Runtime.NETNS, Runtime.APPTAINER) if self.cni else (Runtime.NETNS,)
+        plain = self.bridges == 1 and self.runtime in runtimes and self.far_end is FarEnd.NAMESPACE
         if what and not plain:
-            raise UsageError(f"{what} has one bridge at most, the netns runtime, and a far end in a namespace")
+            named = " or ".join(runtimes)
+            raise UsageError(f"{what} has one bridge at most, the {named} runtime, and a far end in a namespace")
         if self.cni and self.layout is not Layout.BRIDGE:
             raise UsageError(f"a CNI network has the layout that its plugins make, not {self.layout}")
 

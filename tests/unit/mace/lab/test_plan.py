@@ -101,6 +101,8 @@ def test_devices_of_two_labs_have_different_names():
         {"same_addresses": True},
         {"runtime": Runtime.DOCKER, "bridges": 2, "containers": 2},
         {"runtime": Runtime.DOCKER, "layout": Layout.CALICO},
+        {"runtime": Runtime.PODMAN, "bridges": 2, "containers": 2},
+        {"runtime": Runtime.APPTAINER, "layout": Layout.PTP},
         {"layout": Layout.FLANNEL, "bridges": 2},
         {"layout": Layout.PTP, "far_end": FarEnd.GUEST},
     ],
