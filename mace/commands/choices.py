@@ -15,8 +15,10 @@ RUNTIMES: Final = ("netns", "docker", "podman", "apptainer")
 """Runtimes for the containers of a test network: `mace.lab.Runtime`."""
 EXPERIMENT_RUNTIMES: Final = (*RUNTIMES, "apptainer-ptp")
 """Runtimes that the experiment compares: `mace.trials.experiment.plan.RUNTIMES`."""
-LAYOUTS: Final = ("bridge", "flannel", "calico", "ptp", "cilium")
+LAYOUTS: Final = ("bridge", "overlay", "flannel", "calico", "ptp", "cilium")
 """Layouts of a test network: `mace.lab.Layout`."""
+OVERLAY: Final = "overlay"
+"""The layout with two hosts: `mace.lab.Layout.OVERLAY`."""
 FAR_ENDS: Final = ("namespace", "guest")
 """Where the far end of a test network is: `mace.lab.FarEnd`."""
 REMOTE: Final = "remote"
@@ -47,6 +49,7 @@ SCENARIOS: Final = (
     "fragments",
     "clones",
     "vxlan",
+    "overlay",
     "flannel",
     "calico",
     "ptp",

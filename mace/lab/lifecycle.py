@@ -61,11 +61,11 @@ class Lab(Traffic):
 
     @property
     def containers(self) -> tuple[str, ...]:
-        return tuple(name for name in self._state.members if name not in (HOST, REMOTE))
+        return tuple(name for name in self._state.members if name not in plan.NO_CONTAINERS)
 
     @property
     def members(self) -> tuple[str, ...]:
-        """Names of all members: `host`, `remote` and the containers."""
+        """Names of all members: `host`, `host2` of the layout overlay, `remote` and the containers."""
         return tuple(self._state.members)
 
     @property
@@ -111,9 +111,7 @@ class Lab(Traffic):
         return f"far end {plan.wire(REMOTE)[0].ip}: a virtual machine, {how}, Linux {found.release}"
 
     def address(self, member: str, family: Family = 4) -> str:
-        if member == REMOTE and self.spec.layout is Layout.FLANNEL:
-            return str(plan.OVERLAY[family == 6])
-        if member == REMOTE:
+        if member == REMOTE and REMOTE not in self._state.members:  # in a virtual machine
             return str(plan.wire(REMOTE)[family == 6].ip)
         if self.shares_host(member):
             return str(plan.wire(HOST)[family == 6].ip)
@@ -144,7 +142,7 @@ class Lab(Traffic):
         For a member without a runtime, it runs in the member's network namespace alone.
         """
         engine, found = ENGINES.get(self.spec.runtime), self._member(member)
-        if engine is None or member in (HOST, REMOTE):
+        if engine is None or member in plan.NO_CONTAINERS:
             return self.command(member, argv)
         return engine.command(self._state, found, argv)
 
@@ -214,7 +212,7 @@ class Lab(Traffic):
     def remove_container(self, name: str) -> None:
         """Remove a container and end its processes. Its name and addresses can be used again."""
         with self._changing():
-            if name in (HOST, REMOTE):
+            if name in plan.NO_CONTAINERS:
                 raise UsageError(f"{name} is no container")
             self._member(name)
             _remove_member(self._state, name)
@@ -268,7 +266,7 @@ def check(spec: Spec | None = None) -> list[Unavailable]:
         if netns.find_program(program) is None
     ]
     if spec is not None:
-        found += engines.problems(spec)
+        found += engines.problems(spec) + network.rps_problems(spec)
     if spec is not None and spec.cni:
         found += cni.problems(spec)
     if spec is not None and spec.far_end is FarEnd.GUEST:
@@ -302,10 +300,9 @@ def up(spec: Spec, *, detached: bool = True) -> Lab:
         _remove_strays(spec.name)
 
         record = State(spec, owner=None if detached else state.this_process())
-        for member in _ends(spec):
-            ipv4, ipv6 = plan.wire(member)
+        for member, (ipv4, ipv6) in plan.ends(spec).items():
             path = netns.NETNS_DIR / plan.netns_name(spec.name, member)
-            record.members[member] = Member(str(path), ipv4=str(ipv4.ip), ipv6=str(ipv6.ip))
+            record.members[member] = Member(str(path), ipv4=ipv4, ipv6=ipv6)
         places = [plan.place(spec, name, slot) for slot, name in enumerate(plan.container_names(spec))]
         for place in places:
             record.members[place.name] = _planned(record, place)
@@ -334,7 +331,7 @@ def capture_of(capture: CaptureConfig, place: Lab) -> CaptureConfig:
         capture,
         host_netns=str(place.netns_path(plan.HOST)),
         outer=(place.outer_device,),
-        remote_netns=(place.netns_path(REMOTE).name,) if REMOTE in place.members else (),
+        remote_netns=tuple(place.netns_path(m).name for m in (plan.HOST2, REMOTE) if m in place.members),
         container_sockets=(*capture.container_sockets, *sockets),
     )
 
@@ -384,7 +381,7 @@ def list_labs() -> list[LabInfo]:
         if record is None:
             infos.append(LabInfo(name, "broken", "", (), "no state file"))
             continue
-        members = tuple(member for member in record.members if member not in (HOST, REMOTE))
+        members = tuple(member for member in record.members if member not in plan.NO_CONTAINERS)
         why = _trouble(record)
         owner = record.owner
         status, detail = "up", f"held by process {owner.pid}" if owner and not why else ""
@@ -423,18 +420,13 @@ def _planned(record: State, place: plan.Placement) -> Member:
     return Member(str(path), slot=place.slot, ipv4=str(place.ipv4.ip), ipv6=str(place.ipv6.ip))
 
 
-def _ends(spec: Spec) -> tuple[str, ...]:
-    """Return the members at the ends of the wire that are namespaces of this machine."""
-    return (HOST,) if spec.far_end is FarEnd.GUEST else (HOST, REMOTE)
-
-
 def _create_host(record: State) -> None:
     env = record.environment()
-    ends = _ends(record.spec)
+    ends = plan.ends(record.spec)
     names = [plan.netns_name(record.spec.name, member) for member in ends]
     network.add_namespaces(names, env)
     _note_inodes(record, ends)
-    network.build_wire(record.spec.name, record.spec.far_end, env)
+    network.build_wire(record.spec, env)
     if record.spec.far_end is FarEnd.GUEST:
         guest.start(record)
     engine = ENGINES.get(record.spec.runtime)
@@ -448,6 +440,10 @@ def _create_host(record: State) -> None:
         network.build_bridges(record.spec, env)
     else:
         layouts.build_host(record.spec, env)
+    for kind, cpus in plan.rps_masks(record.spec).items():
+        if kind != "veth":
+            device = {"outer": plan.outer_device, "vxlan": plan.vxlan_device}[kind](record.spec.name)
+            network.spread_softirqs(record.spec.name, device, cpus, env)
 
 
 def _create_containers(record: State, places: list[plan.Placement]) -> None:
@@ -459,6 +455,7 @@ def _create_containers(record: State, places: list[plan.Placement]) -> None:
     env = record.environment()
     network.add_namespaces([plan.netns_name(record.spec.name, place.name) for place in places], env)
     _note_inodes(record, [place.name for place in places])
+    rps = plan.rps_masks(record.spec)
     for place in places:
         if record.spec.cni:
             network.prepare_container(record.spec.name, place.name, env)
@@ -467,6 +464,8 @@ def _create_containers(record: State, places: list[plan.Placement]) -> None:
             network.build_container(record.spec, place, env)
         else:
             layouts.build_container(record.spec, place, env)
+        if "veth" in rps:
+            network.spread_softirqs(record.spec.name, place.veth, rps["veth"], env)
 
 
 def _note_inodes(record: State, members: Any) -> None:
