@@ -456,7 +456,10 @@ class _Watch:
         devices = []
         for link in namespace.links.values():
             peer_netns = netns if link.link_nsid is None else inodes.get(link.link_nsid, 0)
-            peered = bool(link.link and peer_netns)
+            # A VXLAN device that was moved has no device below it, for which the kernel writes its own ifindex.
+            moved = link.kind == "vxlan" and link.link_nsid is not None
+            peer_ifindex = 0 if moved and link.link == link.ifindex else link.link
+            peered = bool((peer_ifindex or moved) and peer_netns)
             devices.append(
                 Device(
                     netns,
@@ -464,7 +467,7 @@ class _Watch:
                     link.name,
                     link.kind,
                     peer_netns if peered else 0,
-                    link.link if peered else 0,
+                    peer_ifindex if peered else 0,
                     link.master,
                     link.ifindex in namespace.default_routes,
                     named.netns_name,
