@@ -182,7 +182,8 @@ class Candidates:
         """Return the candidates that could exchange a packet with `other`.
 
         The selection avoids trying all of them: a thousand containers have an eth0. A move stays in one namespace,
-        leads to a peer, or leads between two devices with the same peer (moves to `ip_rcv` excepted, whose records
+        leads to a peer, leads between a tunnel and the namespace that it sends from, or leads between two devices with
+        the same peer (moves to `ip_rcv` excepted, whose records
         have one candidate). If there is one candidate, or `other` is unknown, all candidates are returned.
         """
         if len(self.numbers) == 1 or other.kind == UNKNOWN:
@@ -191,14 +192,23 @@ class Candidates:
             self._by_relation = {}
             for number in self.numbers:
                 device = self._devices[number]
-                for relation in {(device.netns,), device.key, (*_peer(device), 0)}:
+                for relation in {(device.netns,), (_sends_from(device),), device.key, (*_peer(device), 0)}:
                     self._by_relation.setdefault(relation, []).append(number)
-        wanted = ((other.netns,), _peer(other), (*other.key, 0), (*_peer(other), 0))
+        wanted = ((other.netns,), (_sends_from(other),), _peer(other), (*other.key, 0), (*_peer(other), 0))
         return dict.fromkeys(n for relation in wanted for n in self._by_relation.get(relation, ()))
 
 
 def _peer(device: Device) -> tuple[int, int]:
     return device.peer_netns, device.peer_ifindex
+
+
+def _sends_from(device: Device) -> int:
+    """Return the namespace in which a tunnel's outer packets are; any other device's own.
+
+    A tunnel that was moved to another namespace, as that of a Docker overlay network, still sends from the namespace in
+    which it was made (`vxlan->net`, `tunnel->net`).
+    """
+    return device.peer_netns if device.kind in TUNNELS and device.peer_netns else device.netns
 
 
 @dataclass(frozen=True, slots=True)
@@ -506,7 +516,9 @@ def _can_cross(way_p: int, a: Device, hook_n: Hook, b: Device) -> bool:
             )
             return (a.kind == "loopback" and a == b) or siblings
         return a != b and (
-            (same_netns and b.master_ifindex == a.ifindex) or under or (a.kind in TUNNELS and same_netns)
+            (same_netns and b.master_ifindex == a.ifindex)
+            or under
+            or (a.kind in TUNNELS and b.netns in (a.netns, _sends_from(a)))
         )
     if way_n == Way.TRANSMIT:
         return same_netns and (a != b or a.kind == "bridge")
@@ -515,4 +527,4 @@ def _can_cross(way_p: int, a: Device, hook_n: Hook, b: Device) -> bool:
     if hook_n is Hook.IP_RCV:
         # tc can put a packet on the inner end of any pair whose outer end is in the packet's namespace.
         return a != b and (same_netns or over or (b.kind in PAIRS and b.peer_netns == a.netns))
-    return a != b and same_netns and b.kind in TUNNELS
+    return a != b and b.kind in TUNNELS and a.netns in (b.netns, _sends_from(b))
