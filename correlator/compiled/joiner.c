@@ -223,12 +223,11 @@ static void joiner_dealloc(PyObject *self)
 	for (uint32_t i = 1; i <= j->life_count; i++)
 		free(j->lives[i].records);
 	free(j->lives);
-	while (j->free_records) {
-		struct record *next;
+	while (j->free_rooms) {
+		union room *next = j->free_rooms->next;
 
-		memcpy(&next, j->free_records, sizeof(next));
-		free(j->free_records);
-		j->free_records = next;
+		free(j->free_rooms);
+		j->free_rooms = next;
 	}
 	for (size_t i = 0; i < sizeof(arrays) / sizeof(*arrays); i++)
 		free(arrays[i]);

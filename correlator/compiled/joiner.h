@@ -93,6 +93,14 @@ struct record {
 	uint64_t flow;
 };
 
+#define FIRST_ROOM 8
+
+/* Room for the first records of a life; a free one holds the address of the next. */
+union room {
+	union room *next;
+	struct record records[FIRST_ROOM];
+};
+
 /* Flags of a life. */
 #define LIFE_UNSURE 1 /* the sighting of its last record can be several devices */
 #define LIFE_START 2 /* so can that of its first, and a life starts at few of them */
@@ -244,7 +252,7 @@ struct joiner {
 	struct life *lives; /* the first is not used */
 	uint32_t life_count, life_room;
 	uint32_t *free_lives, free_count;
-	struct record *free_records; /* of FIRST_ROOM each, linked by their first bytes */
+	union room *free_rooms;
 	int64_t *gap_starts, *gap_ends; /* disjoint, in order */
 	uint32_t gap_count, gap_at;
 	int64_t gap_ts;

@@ -7,7 +7,6 @@
 
 #define FIRST_SLOTS 1024
 #define FIRST_LIVES 1024
-#define FIRST_ROOM 8 /* records of a life */
 #define MOST_ROOM (1u << 28)
 #define LINE 64 /* bytes of a line of the cache */
 #define AHEAD 8 /* records that the table is asked for ahead of time */
@@ -120,23 +119,19 @@ static int more_lives(struct joiner *j)
 /* Return an index of `lives`, or 0 without memory. */
 uint32_t life_new(struct joiner *j)
 {
-	struct record *records = j->free_records;
-	struct life *life;
+	union room *room = j->free_rooms;
 	uint32_t which;
 
 	if (!j->free_count && j->life_count + 1 >= j->life_room && more_lives(j))
 		return 0;
-	if (records)
-		memcpy(&j->free_records, records, sizeof(records));
+	if (room)
+		j->free_rooms = room->next;
 	else
-		records = malloc(FIRST_ROOM * sizeof(*records));
-	if (!records)
+		room = malloc(sizeof(*room));
+	if (!room)
 		return 0;
 	which = j->free_count ? j->free_lives[--j->free_count] : ++j->life_count;
-	life = &j->lives[which];
-	memset(life, 0, sizeof(*life));
-	life->records = records;
-	life->room = FIRST_ROOM;
+	j->lives[which] = (struct life){ .records = room->records, .room = FIRST_ROOM };
 	return which;
 }
 
@@ -145,8 +140,10 @@ void life_free(struct joiner *j, uint32_t which)
 	struct life *life = &j->lives[which];
 
 	if (life->room == FIRST_ROOM) {
-		memcpy(life->records, &j->free_records, sizeof(j->free_records));
-		j->free_records = life->records;
+		union room *room = (union room *)(void *)life->records;
+
+		room->next = j->free_rooms;
+		j->free_rooms = room;
 	} else {
 		free(life->records);
 	}
@@ -524,7 +521,8 @@ int lives_end(struct joiner *j, int64_t upto, bool last, int64_t most)
 			continue;
 		}
 		/* What this slice has told is no longer in question, as for a life that a checkpoint restores. */
-		if (number_of(&life->records[life->count - 1]) != UNKNOWN)
+		if (life->flags & LIFE_UNSURE &&
+		    number_of(&life->records[life->count - 1]) != UNKNOWN)
 			life->flags &= (uint8_t)~LIFE_UNSURE;
 		j->counts[OPEN_RECORDS] += life->count;
 		oldest = life->first_ts < oldest ? life->first_ts : oldest;
