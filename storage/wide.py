@@ -350,7 +350,8 @@ def write(rows: pa.Table, about: About, target: Path, table: str) -> None:
     segment = _codes(rows["segment"])
     with open_new(target) as sink, _writer(sink, about) as writer:
         for each in np.unique(segment).tolist():
-            writer.write(rows.filter(pa.array(segment == each)).combine_chunks(), _ROW_GROUP_ROWS[table])
+            chosen = rows.filter(pa.array(segment == each)).combine_chunks()
+            writer.write(tables.to_stored(chosen), _ROW_GROUP_ROWS[table])
 
 
 def join(group: Sequence[SegmentFile], target: Path) -> None:
@@ -367,7 +368,7 @@ def join(group: Sequence[SegmentFile], target: Path) -> None:
             if waiting:
                 rows = pa.concat_tables(waiting).unify_dictionaries().combine_chunks()
                 order = np.lexsort((rows["time"].cast(pa.int64()).to_numpy(), _codes(rows["container"])))
-                writer.write(rows.take(pa.array(order)), _ROW_GROUP_ROWS[table])
+                writer.write(tables.to_stored(rows.take(pa.array(order))), _ROW_GROUP_ROWS[table])
                 waiting.clear()
 
         before = ""
@@ -383,7 +384,7 @@ def join(group: Sequence[SegmentFile], target: Path) -> None:
 
 def _writer(sink: Any, about: About) -> checksum.SegmentWriter:
     told = {_KEY: about.encoded()}
-    return checksum.SegmentWriter(sink, tables.SCHEMAS[STANDING], told, **tables.parquet_options(STANDING))
+    return checksum.SegmentWriter(sink, tables.STORED_SCHEMAS[STANDING], told, **tables.parquet_options(STANDING))
 
 
 def _row_groups(path: Path) -> Iterator[str]:

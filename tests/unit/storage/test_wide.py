@@ -143,7 +143,7 @@ def test_every_table_has_all_delays(stores):
         assert set(rows.width_s) == {width_s}
         counted.append(rows.groupby(["container", "device", "direction", "segment"])["count"].sum().to_dict())
         assert (rows["counts"].map(sum) == rows["count"]).all()
-        assert (rows.time.astype("int64") % (width_s * NS) == 0).all()
+        assert (rows.time.dt.as_unit("ns").astype("int64") % (width_s * NS) == 0).all()
         assert ((rows.p50_ns >= rows.min_ns) & (rows.p50_ns <= rows.max_ns)).all()
         # Row groups have one segment each, by which readers skip them.
         for file in map(pq.ParquetFile, paths):

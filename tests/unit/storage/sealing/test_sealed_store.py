@@ -352,7 +352,7 @@ def test_edited_windows_are_not_folded(tmp_path, key, monkeypatch):
         asyncio.run(write_run(root, "a", rows=False, seal=key))
     edited = files(root, "windows")[0]
     table = pq.read_table(edited).slice(1)
-    edited.write_bytes(tables.encode(table.cast(tables.SCHEMAS["windows"]), "windows"))
+    edited.write_bytes(tables.encode(tables.grown(table, "windows"), "windows"))
     hours = {each.hour for each in segments.listing(root, "windows")}
     asyncio.run(write_run(root, "b", rows=False, seal=key, hours=1, begin_ns=(max(hours) + 1) * HOUR_NS))
     about = [wide.About.of(each) for each in files(root, wide.STANDING)]
