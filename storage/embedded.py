@@ -64,6 +64,9 @@ CPUS_INTERVAL_S: Final = 10.0
 """Interval at which the CPUs' counters are stored: 1,000 rows a CPU in three hours."""
 
 
+FOLDING_S: Final = 0.5
+"""Time after which making wide windows goes on in the next round of maintenance: an older store has months of them to
+make, which must not take a core from the measurement."""
 ABOUT: Final = json.dumps({"format": "mace-store", "schema": SCHEMA_VERSION}).encode()
 """Content of `store.json`."""
 
@@ -580,21 +583,22 @@ class EmbeddedStore:
     def _fold(self, upto: int) -> None:
         """Make wide windows of the hours that have ended, up to the flush `upto`. Never raises: no row depends on them.
 
-        The first call examines all days, later calls only those with new windows, once an hour has ended.
+        It begins with all days, then examines only those with new windows, once an hour has ended.
         """
         newest = max((hour for hour in self._unmerged["windows"]), default=NO_HOUR)
         if self._unfolded is not None and newest <= self._folded_hour:
             return
-        days, self._unfolded, self._folded_hour = self._unfolded, set(), newest
-        fold_windows(
-            self.path,
-            days,
-            upto,
-            seal=self._seal,
-            damaged=self._damaged,
-            stopped=self._closing.is_set,
-            fsync=self._fsync,
-        )
+        days, end_s, early = self._unfolded, time.monotonic() + FOLDING_S, False
+
+        def stopped() -> bool:
+            nonlocal early
+            early = self._closing.is_set() or time.monotonic() > end_s
+            return early
+
+        fold_windows(self.path, days, upto, seal=self._seal, damaged=self._damaged, stopped=stopped, fsync=self._fsync)
+        if early:
+            return
+        self._unfolded, self._folded_hour = set(), newest
         # The newest day grows on, and is joined when it has ended.
         self._unfolded |= {day for day in (days or ()) if day + segments.DAY_HOURS > newest}
         if newest != NO_HOUR:

@@ -39,16 +39,21 @@ def fold_windows(
     """Make the wide windows of hours that have ended and have none; returns the number of groups.
 
     `days` are first hours of days, None for all. Windows of flushes after `settled` stay as they are, and so do groups
-    with a damaged segment, which is added to `damaged`. Only the writer of a store may call it. Errors are logged.
+    with a damaged segment, which is added to `damaged`. Once `stopped` returns true, no further group is made. Only the
+    writer of a store may call it. Errors are logged.
     """
     with_ = _Folding(root, seal, set() if damaged is None else damaged, fsync)
     made, newest = 0, segments.newest_hour(root, "windows")
     for day in _days(root, days):
         for group in wide.to_fold(day.windows, day.whole(), settled, newest, with_.bad):
-            made += not stopped() and with_.done(with_.fold, group, day)
+            if made and stopped():
+                return made
+            made += with_.done(with_.fold, group, day)
     for day in _days(root, days):
         for group in wide.to_join(day.windows, day.whole(), newest, with_.bad):
-            made += not stopped() and with_.done(with_.join, group, day)
+            if made and stopped():
+                return made
+            made += with_.done(with_.join, group, day)
     return made
 
 

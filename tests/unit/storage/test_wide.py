@@ -9,10 +9,11 @@ import pytest
 
 from contracts.figures import Distribution
 from contracts.schema import Segment
-from storage import folding, query, segments, wide
+from storage import embedded, folding, query, segments, wide
 from storage.check import check
 from storage.query import Filter, StoreReader
 from storage.segments import HOUR_NS, segment
+from tests.made_results import header
 from tests.unit.storage.stored import BEGIN_NS, write_run
 
 NS = 1_000_000_000
@@ -214,6 +215,28 @@ def test_an_interrupted_writer_leaves_what_the_next_one_makes(stores, tmp_path):
     again = segments.listing(path, wide.STANDING)[0]
     assert (again.hour, again.first, again.last) == (first.hour, first.first, first.last)
     assert told(StoreReader(path).grouped()) == expected
+
+
+def test_an_older_store_gets_its_wide_windows_little_by_little(stores, tmp_path, monkeypatch):
+    """A writer makes those of months in many rounds, so that the measurement keeps its cores."""
+    path = shutil.copytree(stores[1], tmp_path / "store")
+    monkeypatch.setattr(wide, "_MOST_ROWS", 1)
+    monkeypatch.setattr(embedded, "FOLDING_S", 0.0)
+
+    async def rounds():
+        sink = embedded.EmbeddedStore(path, fsync=False, flush_interval_s=60.0)
+        await sink.open(header("d"))
+        counts = []
+        while len(counts) < 2 or counts[-1] != counts[-2]:
+            sink.merge()
+            counts.append(len(segments.listing(path, wide.STANDING)))
+        await sink.aclose()
+        return counts
+
+    counts = asyncio.run(rounds())
+    assert counts[0] == 1
+    assert counts[-1] > 1
+    assert told(StoreReader(path).grouped()) == told(StoreReader(stores[1]).grouped())
 
 
 def made(*bounds, hour=0, table="windows", root=Path("/store")):
