@@ -135,10 +135,14 @@ def cover(windows: Iterable[SegmentFile], wide: Iterable[SegmentFile]) -> Cover:
     for each in windows:
         by_day.setdefault(day_of(each), []).append(each)
     pieces: dict[int, list[SegmentFile]] = {}
-    for each in wide:
-        pieces.setdefault(day_of(each), []).append(each)
+    for piece in wide:
+        pieces.setdefault(day_of(piece), []).append(piece)
     for day, fine in by_day.items():
-        stand = [each for each in pieces.get(day, ()) if not any(_straddles(one, each) for one in fine)]
+        stand: list[SegmentFile] = []
+        for each in sorted(pieces.get(day, ()), key=lambda each: (each.first, -each.last)):
+            # Of overlapping ones, which an interrupted writer may leave, the first counts.
+            if not (stand and each.first <= stand[-1].last) and not any(_straddles(one, each) for one in fine):
+                stand.append(each)
         for one in fine:
             standing = next((each for each in stand if each.first <= one.first and one.last <= each.last), None)
             if standing is None:

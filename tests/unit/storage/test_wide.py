@@ -251,6 +251,10 @@ def test_a_wide_segment_counts_unless_windows_are_partly_within_it():
     straddling = [*windows[:1], *made((6, 10))]
     found = wide.cover(straddling, [piece])
     assert (found.wide, found.others) == ([], straddling)
+    # Of overlapping ones, one counts.
+    both = made((1, 9), (6, 12), table=wide.STANDING)
+    found = wide.cover(windows, both)
+    assert (found.wide, found.others) == (both[:1], windows[2:])
     # Another day's windows have nothing to do with it, and without windows it shows nothing.
     assert wide.cover(made((6, 10), hour=24), [piece]).wide == []
     assert wide.cover([], [piece]).wide == []
