@@ -7,7 +7,7 @@ month_size          GB of windows; peer: of wide windows
 month_folding       s of CPU time that making the wide windows takes for each hour
 
 The store has no rows, as one of a month has on most disks. It has no windows of a second: nobody reads them over such a
-range, and they would be 30 GB. Without wide windows all views would take minutes: `PEER_DAYS` are measured, and scaled.
+range, and they would be 30 GB. Without wide windows a view takes a minute: `PEER_DAYS` are measured, and scaled.
 """
 
 import asyncio
