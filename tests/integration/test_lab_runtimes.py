@@ -119,11 +119,6 @@ def test_apptainer_with_a_network_of_its_own(name, needs, monkeypatch):
         inner = {d.netns: d.container for d in found.devices if d.role is Role.INNER}
         assert inner == {lab.netns_inode(c): f"root/{c}" for c in lab.containers}
         assert found.on_host_network == ()
-        first = lab.address("c1")
-        lab.remove_container("c1")
-        lab.add_container("c1")
-        assert lab.address("c1") not in (first, lab.address("c2"))  # host-local gives a freed address last
-        assert lab.ping("c1", count=2).received == 2
     assert leftovers(name) == []
 
 
@@ -174,9 +169,7 @@ def test_apptainer_on_the_host_s_network(name, needs, monkeypatch):
     assert leftovers(name) == []
 
 
-@pytest.mark.parametrize(
-    ("kind", "moment_s"), [("podman", 0.4), ("containerd", 0.8), ("apptainer", None), ("apptainer_ptp", 0.4)]
-)
+@pytest.mark.parametrize(("kind", "moment_s"), [("podman", 0.4), ("containerd", 0.8), ("apptainer_ptp", None)])
 def test_the_next_start_cleans_up_after_a_killed_runtime(name, kind, moment_s, needs, monkeypatch):
     runtime, cni = prepare(kind, needs, monkeypatch)
     script = START.format(root=str(ROOT), name=name, runtime=runtime.value, cni=cni)
