@@ -46,12 +46,10 @@ class CaptureConfig:
 
     source: str = _key("auto", "Source of live records; `auto` chooses the best that can run here.", choices=SOURCES)
     ring_mib: int = _key(8, "Memory of the kernel's ring, MiB per CPU.", low=1, high=4096)
-    poll_ms: int = _key(
-        50, "Interval at which an ftrace ring that fills, and any other source's ring, is read, ms.", low=1, high=1000
-    )
+    poll_ms: int = _key(50, "Interval at which a ring that fills is read, ms.", low=1, high=1000)
     gather_ms: int = _key(
         500,
-        "Longest stay of records in an ftrace ring that neither fills nor sees a device change, ms.",
+        "Longest stay of records in a ring that neither fills nor sees a device change, ms.",
         low=1,
         high=1000,
     )
@@ -228,9 +226,13 @@ class SinksConfig:
 
 @dataclass(frozen=True, slots=True)
 class MqttConfig:
-    """`[mqtt]`: the broker that hosts publish to and the ingest subscribes at."""
+    """`[mqtt]`: the broker that hosts publish to and the ingest subscribes at, or several brokers."""
 
-    broker: str = _key("", "`mqtt://HOST[:PORT]`, or `mqtts://HOST[:PORT]` for TLS.")
+    broker: str = _key(
+        "",
+        "`mqtt://HOST[:PORT]`, or `mqtts://HOST[:PORT]` for TLS. Of several, separated by commas, a host's name chooses"
+        " one; hosts and ingests need the same list.",
+    )
     username: str = _key("", "User name at the broker; empty: the certificate's, or none.")
     password_file: str = _key(
         "", "File whose first line is the password; empty: the environment variable `MACE_MQTT_PASSWORD`, if set."

@@ -79,6 +79,10 @@ TAGS: Final = {
     "tool": "Tool that measured the round trips, with its way of taking timestamps: `ping`, `ping -U`, ...",
     "reason": "`paired`, or why the sample could not be corrected: `no_reply`, `no_request`, `no_response`,"
     " `ambiguous`, `lost`, `no_time`.",
+    "measure": "What is counted: `run`, a CPU's work in one stage; `wait` and `last_wait`, on the CPU's queue before"
+    " it; `work`, `serial` and `partial`, of whole packets ([cpus.md](cpus.md)).",
+    "cpu": "CPU that worked; absent for whole packets, and where it is not known.",
+    "moved": "`yes` if another CPU had passed the packets to the device, else `no`; absent for whole packets.",
     "part": "Subject of the row: `ledger`, `cost`, `queue`, `process` or `sink`.",
     "hook": "Hook whose probe the cost belongs to (`part=cost`).",
     "queue": "Channel of the pipeline (`part=queue`): `items`, `results`.",
@@ -177,6 +181,16 @@ MEASUREMENTS: Final = {
                 Field("histogram", FieldKind.HISTOGRAM, "Histogram of the delays, mergeable."),
             ),
             "Start of the window, a multiple of its width.",
+        ),
+        Measurement(
+            "cpu_stage",
+            "Work of a CPU on a container's packets at a device, with `--cpus`. A row is written when it has grown.",
+            (*_DEVICE, "direction", "measure", "cpu", "moved", "source"),
+            (
+                _counter("count", "Stages, or whole packets."),
+                _counter("sum_ns", "Sum of their durations."),
+            ),
+            "All records before this time are accounted for in the row.",
         ),
         Measurement(
             "container_info",

@@ -1,6 +1,6 @@
 """Rows after correlation: delays, crossings, round trips, windows. Sinks receive them, stores keep them.
 
-`SCHEMA_VERSION` changes when a column changes its meaning or is removed; a new column at the end does not change it.
+`SCHEMA_VERSION` changes when a stored column changes its meaning or is removed; a new column does not change it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy.typing as npt
 from contracts.counted import Counted
 from contracts.hooks import BY_HOOK, Hook
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
+"""1: files have `time` in nanoseconds. 2: in microseconds, beside `time_remainder_ns` (`storage.tables.REMAINDER`)."""
 
 
 class Direction(IntEnum):

@@ -7,13 +7,15 @@
 
 A host's name is a level of its topics, so that a broker's access list can restrict each host to its own topics. The
 bucket is a stable hash of the name: each shard of the ingest subscribes to its own buckets, and the broker distributes
-the messages.
+the messages. With several brokers, another hash of the name chooses the broker (`broker_of`).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
 from typing import Any, Final
 from zlib import crc32
 
@@ -47,6 +49,20 @@ def bucket(host: str) -> int:
     return crc32(host.encode()) % BUCKETS
 
 
+def broker_of(host: str, addresses: Iterable[str]) -> str:
+    """Return the address of the broker that serves a host: the same on every machine, in every order of the addresses.
+
+    Of a hash of host and address the largest wins (highest random weight: Thaler and Ravishankar, "Using name-based
+    mappings to increase hit rates", IEEE/ACM ToN 6(1), 1998). A broker more, or one less, of n moves 1/n of the hosts
+    and leaves the others where they are.
+    """
+
+    def weight(address: str) -> tuple[bytes, str]:
+        return blake2b(f"{address}\0{host}".encode("utf-8", "surrogateescape"), digest_size=8).digest(), address
+
+    return max(addresses, key=weight)
+
+
 def stream_topic(host: str) -> str:
     """Return the topic on which a host publishes its frames; raises `WireError` like `check_host`."""
     return f"{ROOT}/{check_host(host)}/stream/{bucket(host)}"
@@ -60,6 +76,11 @@ def ack_topic(host: str) -> str:
 def results_topic(host: str, table: str) -> str:
     """Return the topic on which a host publishes rows of a table; raises `WireError` like `check_host`."""
     return f"{ROOT}/{check_host(host)}/{table}"
+
+
+def host_of_results(topic: str) -> str:
+    """Return the host in a topic that `results_topic` has made."""
+    return topic.removeprefix(f"{ROOT}/").split("/", 1)[0]
 
 
 def status_topic(host: str) -> str:

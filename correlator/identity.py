@@ -101,7 +101,6 @@ import numpy.typing as npt
 
 from contracts.hooks import ALONG, HOOKS, LEAVING, Hook, Way
 from contracts.topology import PAIRS, Device, Role, Sighting, Topology
-from correlator.memo import Memo
 
 WAY: Final = np.zeros(256, np.uint8)
 """`Way` of each hook number."""
@@ -110,6 +109,8 @@ HAS_DEVICE: Final = np.zeros(256, np.bool_)
 for _info in HOOKS:
     WAY[_info.hook] = _info.way
     HAS_DEVICE[_info.hook] = _info.has_device
+WAYS: Final[list[int]] = WAY.tolist()
+"""`WAY` for single hooks."""
 
 TUNNELS: Final = frozenset(
     {"vxlan", "geneve", "gre", "gretap", "ip6gre", "ip6gretap", "ipip", "sit", "ip6tnl", "wireguard"}
@@ -153,19 +154,9 @@ _RANK: Final = {hook: rank for hooks in ALONG.values() for rank, hook in enumera
 
 
 def place(hook: npt.NDArray[np.uint8], dev: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
-    """Return hook and sighting of each record packed into one number, for `Resolver.moves`; int64, same shape."""
+    """Return hook and sighting of each record packed into one number, for `Resolver.judge`; int64, same shape."""
     places: npt.NDArray[np.int64] = (hook.astype(np.int64) << CODE_BITS) | dev
     return places
-
-
-def from_device(moves: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the device number of each move's first record if the move alone determines it, else -1."""
-    return (moves >> 32) - 1
-
-
-def to_device(moves: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the device number of each move's second record if the move alone determines it, else -1."""
-    return ((moves >> 8) & 0xFFFFFF) - 1
 
 
 class Candidates:
@@ -271,7 +262,8 @@ class Resolver:
         array has one entry if there is no device."""
         self.role = np.full(1, ROLES.index(Role.OTHER), np.uint8)
         """By device number: index into `ROLES`. The array has one entry if there is no device."""
-        self._moves = Memo(self._judged)
+        self.looked_up = 0
+        """Number of times that anything known of moves and devices has changed."""
 
     def state(self, upto_ns: int, also: npt.NDArray[np.int64]) -> tuple[ResolverState, npt.NDArray[np.int64]]:
         """Return the state for records from `upto_ns` on, and an array: number here -> number in the state, or -1.
@@ -360,7 +352,7 @@ class Resolver:
         self.only = np.array(only, np.int64)
         self._tried = 0
         self._describe()
-        self._moves.forget()
+        self.looked_up += 1
 
     def _newest(self, numbers: Iterable[int]) -> tuple[int, ...]:
         """Return `numbers` without old descriptions of devices that are still present under a new one."""
@@ -392,24 +384,17 @@ class Resolver:
                     serves[number] = inner[-1]
         self.serves = serves
 
-    def moves(
-        self, source: npt.NDArray[np.int64], target: npt.NDArray[np.int64], asked: npt.NDArray[np.bool_]
-    ) -> npt.NDArray[np.int64]:
-        """Return the verdict on each move from a `place` in `source` to one in `target`; int64 arrays of one length.
+    def judge(self, source: int, target: int) -> tuple[int, int, int]:
+        """Return the verdict on the move from one `place` to another.
 
-        The lowest bits are flags (JOIN, CROSS, ...); `from_device` and `to_device` read the rest. 0 where not `asked`.
+        The verdict is flags (JOIN, CROSS, ...), and the device numbers of the first and the second record if the move
+        alone determines them, else -1.
         """
-        # The key 0 is a move between places of no hook, which no record makes.
-        return self._moves(((source << (CODE_BITS + 4)) | target) * asked)
-
-    def _judged(self, key: int) -> int:
-        source, target = divmod(key, 1 << (CODE_BITS + 4))
-        if not WAY[source >> CODE_BITS] or not WAY[target >> CODE_BITS]:
-            return 0  # an unknown hook
-        flags, first, second = self._judge(
-            Hook(source >> CODE_BITS), source & (CODES - 1), Hook(target >> CODE_BITS), target & (CODES - 1)
-        )
-        return ((first + 1) << 32) | ((second + 1) << 8) | flags
+        hook_p, code_p = divmod(source, CODES)
+        hook_n, code_n = divmod(target, CODES)
+        if not WAYS[hook_p] or not WAYS[hook_n]:
+            return 0, -1, -1  # an unknown hook
+        return self._judge(Hook(hook_p), code_p, Hook(hook_n), code_n)
 
     def start(self, dev: int) -> int:
         """Return the device number of a sighting at which a life starts with a reception, or -1; not one of a pair."""

@@ -7,6 +7,16 @@ from grafana_foundation_sdk.builders import dashboard as build
 from dashboards.panels import EXACT, bars, dashboard, ledger, lines, losses, rows
 from dashboards.query import VARIABLES, by, select, where
 
+_STAGE = ("host", "container", "device", "direction", "cpu", "moved")
+_CORES = select(
+    {"cores": 'non_negative_derivative(last("sum_ns"), 1s) / 1000000000'},
+    "cpu_stage",
+    chosen=VARIABLES,
+    tags=(*_STAGE, "netns", "source"),
+    every=True,
+    measure="run",
+)
+_WORK = f'SELECT sum("cores") AS "cores" FROM ({_CORES}) WHERE $timeFilter{by(("host", "cpu"), every=True)}'
 _MEAN = {"mean": 'sum("sum_ns") / sum("count")'}
 
 
@@ -82,6 +92,34 @@ def make() -> build.Dashboard:
                 stacked=True,
             )
         )
+    made.with_panel(
+        lines(
+            "Work of each CPU",
+            "CPU time that packets of the chosen containers took, in cores; needs --cpus. If one CPU is near 1 while"
+            " others idle, it limits the rate. Counted in intervals of 10 s.",
+            [_WORK],
+            unit="short",
+            alias="$tag_host CPU $tag_cpu",
+            stacked=True,
+            span=24,
+        )
+    )
+    made.with_panel(
+        rows(
+            "Stages by CPU",
+            "Stages that each CPU ran since the run began, and their mean; moved: another CPU had passed the packets"
+            " on. Needs --cpus.",
+            select(
+                {"stages": 'max("count")', "mean run": 'max("sum_ns") / max("count")'},
+                "cpu_stage",
+                chosen=VARIABLES,
+                tags=_STAGE,
+                measure="run",
+            ),
+            units={"mean run": "ns"},
+            sort_by=[("stages", True)],
+        )
+    )
     made.with_panel(
         rows(
             "Newest packets",

@@ -11,12 +11,13 @@ import logging
 import os
 import ssl
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from contracts.config import MqttConfig, split_url
 from contracts.errors import ConfigError, MissingExtra
+from contracts.topics import broker_of
 
 try:
     import aiomqtt
@@ -142,7 +143,7 @@ class Connection(aiomqtt.Client):
 
 
 class Broker:
-    """The configured broker: address, TLS and credentials. Reads files and environment once; raises `ConfigError`."""
+    """One broker: address, TLS and credentials. Reads files and environment once; raises `ConfigError`."""
 
     def __init__(self, config: MqttConfig) -> None:
         url = split_url("broker", config.broker)
@@ -186,6 +187,24 @@ class Broker:
             logger=_CLIENTS_LOG,
             max_inflight_messages=IN_FLIGHT,
         )
+
+
+class Brokers:
+    """The configured brokers, one or several, among which hosts are distributed by their names.
+
+    Raises `ConfigError` like `Broker`, and for an address that is named twice.
+    """
+
+    def __init__(self, config: MqttConfig) -> None:
+        given = [each.strip() for each in config.broker.split(",")]
+        self.all: Final = tuple(Broker(replace(config, broker=each)) for each in given)
+        self._by_address = {each.address: each for each in self.all}
+        if len(self._by_address) < len(self.all):
+            raise ConfigError(f"broker {config.broker!r}: an address is named twice")
+
+    def of(self, host: str) -> Broker:
+        """Return the broker that a host publishes to."""
+        return self.all[0] if len(self.all) == 1 else self._by_address[broker_of(host, self._by_address)]
 
 
 def retry_after_s(attempt: int, chance: float) -> float:

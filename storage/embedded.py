@@ -63,15 +63,29 @@ CPUS_INTERVAL_S: Final = 10.0
 """Interval at which the CPUs' counters are stored: 1,000 rows a CPU in three hours."""
 
 
-def check_schema(root: Path) -> bool:
-    """Return whether `root` is a store. Raises `StoreError` if this version cannot read the store."""
+ABOUT: Final = json.dumps({"format": "mace-store", "schema": SCHEMA_VERSION}).encode()
+"""Content of `store.json`."""
+
+
+def check_schema(root: Path) -> int:
+    """Return the schema version of a store, 0 if there is none. Raises `StoreError` if this MACE cannot read it.
+
+    Whoever adds segments to a store of an older version first writes `ABOUT`, so that no older MACE misreads them.
+    """
     path = root / "store.json"
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        return 0
     except OSError as e:
         raise StoreError(f"{path}: {e.strerror}") from e
+    return schema_of(data, str(path))
+
+
+def schema_of(data: bytes, path: str) -> int:
+    """Return the schema version in the content of a `store.json`. Raises `StoreError` for one that is not readable."""
+    try:
+        text = data.decode("utf-8")
     except UnicodeDecodeError as e:
         raise StoreError(f"{path}: not a description of a MACE store: byte {e.start} is not UTF-8") from e
     try:
@@ -83,7 +97,7 @@ def check_schema(root: Path) -> bool:
             f"{path}: the store has schema version {version}, this MACE knows 1 to {SCHEMA_VERSION};"
             " upgrade MACE, or name another directory"
         )
-    return True
+    return version
 
 
 def lock_store(root: Path, who: str, *, seals: bool = False) -> int:
@@ -311,9 +325,9 @@ class EmbeddedStore:
                     f"{self.path}: a replay was stopped here; finish it with `mace replay --resume`, or name another"
                     " directory"
                 )
-            if not known:
-                about = memoryview(json.dumps({"format": "mace-store", "schema": SCHEMA_VERSION}).encode())
-                segments.write_whole(self.path / "store.json", segments.write_bytes(about), fsync=self._fsync)
+            if known < SCHEMA_VERSION:
+                about = segments.write_bytes(memoryview(ABOUT))
+                segments.write_whole(self.path / "store.json", about, fsync=self._fsync)
             if self._key is not None and header is not None:
                 from storage.sealing.segments import StoreSeal  # noqa: PLC0415 (needs an extra)
 

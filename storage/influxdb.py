@@ -112,6 +112,8 @@ class InfluxTarget:
             if len(rows.delays):
                 yield from stream.lines.packets(rows.delays, rows.devices, self._config.batch_rows)
             yield from map(_one, stream.lines.windows(rows.windows, rows.devices, stream.ranks))
+            if len(rows.stages):
+                yield from map(_one, stream.lines.stages(rows, totals))
             yield from map(_one, stream.lines.containers(totals))
             yield from map(_one, self._internal.stream_lines(item.header, totals))
 

@@ -27,9 +27,10 @@ from contracts.arrays import Ints
 from contracts.interfaces import StreamHeader
 from contracts.metrics import MEASUREMENTS
 from contracts.names import spelt, text
-from contracts.results import Totals
+from contracts.results import Rows, Totals
 from contracts.schema import NOT_TOLD, Delays, Direction, Grade, Outcome, RoundTrips, Segment, Window
 from contracts.topology import ContainerInfo, Device, containers_of
+from storage.stage_sums import StageKey, StageSum, add_stages
 
 Codes = npt.NDArray[np.int32]
 
@@ -44,6 +45,8 @@ _RUN_SLOT: Final = 100
 _S: Final = 1_000_000_000
 _INFO_NS: Final = 60 * _S
 """Interval of `container_info` rows: PromQL's instant queries (VictoriaMetrics) look back five minutes."""
+_MOST_STAGES: Final = 1 << 16
+"""Most sums of stages of one run."""
 _RTT_FIELDS: Final = tuple(field.name for field in MEASUREMENTS["rtt"].fields)
 _UNSAFE: Final = re.compile(r"[\x00-\x1f\x7f]|\\(?=[\\, =\x00-\x1f\x7f]|\Z)")
 _UNKNOWN: Final = -1
@@ -196,6 +199,7 @@ class StreamLines:
         self._began_utc_ns = header.clock.utc_ns
         self._present: tuple[Device, ...] | None = None
         self._containers: frozenset[ContainerInfo] = frozenset()
+        self._stages: dict[StageKey, StageSum] = {}
         self._minute = -1
         """Minute of the last results for which all containers were written."""
         self.left_out = 0
@@ -359,6 +363,20 @@ class StreamLines:
             series = key("container_info", tags)
             if self._budget.admits(series):
                 yield line(series, {"present": 1}, totals.upto_utc_ns)
+            else:
+                self.over_budget += 1
+
+    # Stages.
+
+    def stages(self, rows: Rows, totals: Totals) -> Iterator[str]:
+        """Yield `cpu_stage` lines for the sums that these rows make grow."""
+        grown, beyond = add_stages(self._stages, rows, _MOST_STAGES)
+        self.over_budget += beyond > 0
+        for each in sorted(grown):
+            series = key("cpu_stage", each._asdict() | {"host": self._header.host, "source": self._header.source})
+            if self._budget.admits(series):
+                found = self._stages[each]
+                yield line(series, {"count": found.count, "sum_ns": found.sum_ns}, totals.upto_utc_ns)
             else:
                 self.over_budget += 1
 

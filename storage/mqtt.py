@@ -39,7 +39,7 @@ from contracts.vitals import Publishing
 from contracts.wire import Encoder, FrameKind, Head, whole_head
 from storage.broker import (
     IN_FLIGHT,
-    Broker,
+    Brokers,
     Connection,
     MqttError,
     Will,
@@ -107,16 +107,20 @@ class _InFlight:
 
 
 class StreamPublisher:
-    """A `StreamSink` that publishes to a broker. An unreachable broker is never an error; the spool keeps the records.
+    """A `StreamSink` that publishes to the host's broker.
+
+    An unreachable broker is never an error; the spool keeps the records.
 
     `open` raises `StoreError` or `Unavailable` if the spool cannot be used, and `WireError` if the host's name is not
     valid in a topic.
     """
 
     def __init__(
-        self, broker: Broker, spool: Path, *, max_bytes: int, interval_s: float = 1.0, drain_s: float = 5.0
+        self, brokers: Brokers, spool: Path, *, max_bytes: int, interval_s: float = 1.0, drain_s: float = 5.0
     ) -> None:
-        self._broker, self._interval_s, self._drain_s = broker, interval_s, drain_s
+        self._brokers, self._interval_s, self._drain_s = brokers, interval_s, drain_s
+        self._broker = brokers.all[0]
+        """The broker of this host, from `open` on."""
         self._spool = Spool(spool, max_bytes=max_bytes, memory_bytes=_MEMORY_BYTES)
         self._contexts = Contexts(spool / "streams")
         self._aside = spool / "set-aside"
@@ -195,6 +199,7 @@ class StreamPublisher:
         """Read the frames of earlier runs in the spool, begin the stream, and connect in the background."""
         self._host, self._run = header.host, header.run
         stream_topic(self._host)  # raises for a name that cannot be part of one
+        self._broker = self._brokers.of(self._host)
         await self._do(lambda: self._begin(header))
         self._tasks = [
             asyncio.create_task(self._flush_now_and_then(), name="publish-flush"),

@@ -20,10 +20,10 @@ from contracts.config import Config, MqttRowsConfig
 from contracts.errors import ConfigError, WireError
 from contracts.interfaces import Status, StreamHeader
 from contracts.results import Results
-from contracts.topics import results_topic
+from contracts.topics import host_of_results, results_topic
 from contracts.vitals import Vitals
 from storage import tables
-from storage.broker import Broker, Connection, MqttError
+from storage.broker import Brokers, Connection, MqttError
 from storage.running_sink import Delivered, Encoded, RunningSink, TryLaterError
 from storage.shared import HostResults, SharedRunningSink
 from storage.spool import Frame
@@ -35,13 +35,14 @@ _OPTIONS: Final = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compressio
 class RowsTarget:
     """Encodes results as messages and publishes them (`storage.running_sink.Target`)."""
 
-    def __init__(self, broker: Broker, config: MqttRowsConfig) -> None:
-        self._broker = broker
+    def __init__(self, brokers: Brokers, config: MqttRowsConfig) -> None:
+        self._brokers = brokers
         self._rows = config.publish == "delays"
         self._batch_rows, self._timeout_s = config.batch_rows, config.timeout_s
         self._numbers: dict[StreamHeader, int] = {}
         self._flushes = 0
-        self._client: Connection | None = None
+        self._clients: dict[str, Connection] = {}
+        """Connections by address."""
         self._connected = AsyncExitStack()
 
     def rows(self, item: HostResults) -> int:
@@ -91,26 +92,29 @@ class RowsTarget:
         """Do nothing yet, because the broker may be unreachable."""
 
     async def deliver(self, frame: Frame) -> Delivered:
-        """Publish a message and wait for the broker's acknowledgement. Raises `TryLaterError`."""
+        """Publish a message to its host's broker, and wait for the acknowledgement. Raises `TryLaterError`."""
+        broker = self._brokers.of(host_of_results(frame.label))
         try:
             async with asyncio.timeout(self._timeout_s):
-                if self._client is None:
-                    self._client = await self._connected.enter_async_context(self._broker.connection())
-                client, refused = self._client, self._client.refused
+                client = self._clients.get(broker.address)
+                if client is None:
+                    client = await self._connected.enter_async_context(broker.connection())
+                    self._clients[broker.address] = client
+                refused = client.refused
                 await client.publish(frame.label, frame.payload, qos=1)
         except MqttError as error:
             await self.aclose()
-            raise TryLaterError(f"{self._broker.address}: {error}") from error
+            raise TryLaterError(f"{broker.address}: {error}") from error
         except (TimeoutError, asyncio.CancelledError):
             await self.aclose()
             raise
         if client.refused != refused:
-            return Delivered(frame.rows, f"{self._broker.address}: not authorized to publish {frame.label}")
+            return Delivered(frame.rows, f"{broker.address}: not authorized to publish {frame.label}")
         return Delivered()
 
     async def aclose(self) -> None:
-        """Close the connection."""
-        self._client = None
+        """Close the connections."""
+        self._clients.clear()
         connected, self._connected = self._connected, AsyncExitStack()
         with suppress(MqttError):
             await connected.aclose()
@@ -119,7 +123,7 @@ class RowsTarget:
 def check(config: Config) -> Status:
     """Return whether the configuration is valid; the part `broker` reports whether the broker can be reached."""
     try:
-        Broker(config.mqtt)
+        Brokers(config.mqtt)
     except (ConfigError, WireError) as error:
         return Status(False, str(error), "see docs/mqtt.md")
     return Status(True, f"publishes {config.sinks.mqtt.publish} to {config.mqtt.broker}")
@@ -128,5 +132,5 @@ def check(config: Config) -> Status:
 def make(config: Config, vitals: Vitals) -> SharedRunningSink:
     """Return the configured sink. Raises `ConfigError`."""
     own = config.sinks.mqtt
-    target = RowsTarget(Broker(config.mqtt), own)
+    target = RowsTarget(Brokers(config.mqtt), own)
     return SharedRunningSink(RunningSink[HostResults](NAME, target, own, vitals.account(NAME), patient=not vitals.live))

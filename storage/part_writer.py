@@ -190,7 +190,7 @@ class PartWriter:
                 if len(self._open) >= _OPEN_FILES:
                     self._close_one()
                 self._begin(table, file, f"{self._folder}/{table}-{hour}-{len(file.names)}.parquet")
-            file.writer.write(rows, tables.ROW_GROUP_ROWS)
+            file.writer.write(tables.to_stored(rows), tables.ROW_GROUP_ROWS)
         except OSError as error:
             raise self._cannot(error) from error
         file.rows += len(rows)
@@ -202,7 +202,7 @@ class PartWriter:
             # Entered after the sink, so that the writer is closed before the file.
             sink = opened.enter_context(self._place.sink(name))
             options = tables.parquet_options(table)
-            file.writer = opened.enter_context(SegmentWriter(sink, tables.SCHEMAS[table], **options))
+            file.writer = opened.enter_context(SegmentWriter(sink, tables.STORED_SCHEMAS[table], **options))
             file.opened = opened.pop_all()
         file.names.append(name)
 

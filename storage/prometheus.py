@@ -1,6 +1,8 @@
 """HTTP endpoint for Prometheus and for orchestrators: `/metrics`, `/healthz`, `/readyz`.
 
     mace_device_delay_seconds   histogram by host, container, netns, device, kind, direction, segment, source
+    mace_stages_total, mace_stage_seconds_total   with --cpus: stages and their time by host, container, netns, device,
+                                kind, direction, measure, cpu, moved, source
     mace_container_info         1 by host, container, container_id, netns: a container's present name; of a pod also by
                                 namespace, pod, workload, pod_containers
     mace_records_total          the ledger's records by host, source and category
@@ -31,7 +33,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -62,6 +64,7 @@ from contracts.topology import ContainerInfo, Device, containers_of
 from contracts.vitals import Vitals, process_figures
 from storage.http_server import HttpServer, in_pieces
 from storage.shared import StreamOfSink
+from storage.stage_sums import StageKey, StageSum, add_stages
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -76,6 +79,7 @@ _EDGES_S: Final = [f"{((1 << octave) - 1) / 1e9:.9g}" for octave in _OCTAVES]
 """Delays are whole nanoseconds, so "less than 2**n" is "at most 2**n - 1"."""
 _BEAT_S: Final = 0.5
 _LABELS: Final = ("host", "container", "netns", "device", "kind", "direction", "segment", "source")
+_STAGE_LABELS: Final = ("host", *StageKey._fields, "source")
 _INFO_LABELS: Final = ("host", *ContainerInfo._fields)
 _CONTAINER: Final = _LABELS.index("container")
 _CATEGORIES: Final = ("matched", "unmatched", "ambiguous", "expired", "dropped", "lost", "discarded")
@@ -118,6 +122,9 @@ class Endpoint:
         """Number of histograms of all streams."""
         self._dropped = 0
         """Number of series dropped because their container or device is gone."""
+        self._stages: dict[HostSource, dict[StageKey, StageSum]] = {}
+        self._stages_not_shown = 0
+        """Number of stages and packets of sums beyond `_MOST_SERIES` of a host."""
         self._not_shown = 0
         """Number of delays of series beyond `_MOST_SERIES`."""
         self._containers: dict[HostSource, dict[ContainerInfo, float | None]] = {}
@@ -205,8 +212,13 @@ class Endpoint:
                 found.device = device.key
                 found.sum_ns += w.sum_ns
                 found.counts += _bucketed(w.bins, w.counts)
+            stages = self._stages.setdefault(of, {}) if len(rows.stages) else self._stages.get(of, {})
+            kinds = len(stages)
+            if len(rows.stages):
+                self._stages_not_shown += add_stages(stages, rows, _MOST_SERIES)[1]
             changed = before is None or before.present is not totals.present or self._series != series
-            if changed and totals.present is not None:
+            if (changed or len(stages) != kinds) and totals.present is not None:
+                _mark({(of[0], *stage): each for stage, each in stages.items()}, totals.present, now_s)
                 _mark(mine, totals.present, now_s)
                 here = containers_of(totals.present, totals.on_host_network)
                 self._containers[of] = _called(self._containers.get(of, {}), here, now_s)
@@ -224,8 +236,13 @@ class Endpoint:
             for each in self._delays.get(of, {}).values():
                 each.gone_s = over_s - 1
             self._containers.pop(of, None)
+            self._dropped += len(self._stages.pop(of, {}))
         for of, named in self._containers.items():
             self._containers[of] = {labels: at for labels, at in named.items() if at is None or at >= over_s}
+        for stages in self._stages.values():
+            for stage in [stage for stage, d in stages.items() if d.gone_s is not None and d.gone_s < over_s]:
+                del stages[stage]
+                self._dropped += 1
         for of, mine in list(self._delays.items()):
             for labels in [labels for labels, d in mine.items() if d.gone_s is not None and d.gone_s < over_s]:
                 del mine[labels]
@@ -273,10 +290,19 @@ class Endpoint:
             delays = [
                 (labels, d.sum_ns, d.counts.copy()) for mine in self._delays.values() for labels, d in mine.items()
             ]
+            stages = [
+                ((host, *stage, source), each.count, each.sum_ns)
+                for (host, source), mine in self._stages.items()
+                for stage, each in mine.items()
+            ]
+            stages_not_shown = self._stages_not_shown
             latest = list(self._latest.items())
             containers = {(host, *labels) for (host, _), named in self._containers.items() for labels in named}
             not_shown, dropped = self._not_shown, self._dropped
         yield _histogram(delays)
+        yield from _stage_sums(stages)
+        about = f"Stages that are in no counter, because a host has {_MOST_SERIES} already."
+        yield CounterMetricFamily("mace_stages_not_shown", about, value=stages_not_shown)
         about = "What a container is called; its id stays when it is renamed."
         info = InfoMetricFamily("mace_container", about, labels=_INFO_LABELS)
         for labels in sorted(containers):
@@ -381,7 +407,7 @@ def _answer(ok: bool, told: dict[str, Any]) -> Response:
     return JSONResponse({"ok": ok} | told, 200 if ok else 503)
 
 
-def _mark(series: dict[Labels, _Buckets], present: Sequence[Device], now_s: float) -> None:
+def _mark(series: Mapping[Labels, _Buckets | StageSum], present: Sequence[Device], now_s: float) -> None:
     """Set `gone_s` of each series whose device, or the container whose packets crossed it, is gone."""
     keys, containers = {d.key for d in present}, {"", *(d.container for d in present)}
     for labels, each in series.items():
@@ -437,6 +463,15 @@ def _histogram(delays: Sequence[tuple[Labels, int, Ints]]) -> Metric:
         buckets = [*zip(_EDGES_S, upto, strict=False), ("+Inf", upto[-1])]
         family.add_metric(labels, buckets, sum_value=sum_ns / 1e9)
     return family
+
+
+def _stage_sums(stages: Sequence[tuple[Labels, int, int]]) -> Iterator[Metric]:
+    count = CounterMetricFamily("mace_stages", "Stages by the CPU that worked.", labels=_STAGE_LABELS)
+    spent = CounterMetricFamily("mace_stage_seconds", "Time that CPUs worked, or packets waited.", labels=_STAGE_LABELS)
+    for labels, number, sum_ns in stages:
+        count.add_metric(labels, number)
+        spent.add_metric(labels, sum_ns / 1e9)
+    yield from (count, spent)
 
 
 def _ledgers(latest: Sequence[tuple[HostSource, Totals]]) -> Iterator[Metric]:

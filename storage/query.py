@@ -1407,12 +1407,13 @@ def connected(threads: int | None, memory_mib: int | None = None) -> Iterator[du
 
 
 def relation(connection: duckdb.DuckDBPyConnection, table: str, found: Sequence[SegmentFile]) -> str:
-    """Return SQL for the rows of these segments, with all columns of the table."""
+    """Return SQL for the rows of these segments, with all columns of the table, and `time` in nanoseconds."""
     if not found:
         return _nothing(connection, table)
-    stored = _read(found)
-    # Files of older versions lack newer columns.
-    return f"(FROM {stored} UNION ALL BY NAME FROM {_nothing(connection, table)})"
+    # Files of older versions lack newer columns, or have nanoseconds in `time`: DuckDB then reads all times as those.
+    stored = f"FROM {_read(found)} UNION ALL BY NAME FROM {_nothing(connection, table, with_remainder=True)}"
+    time = f"make_timestamp_ns(epoch_ns(time) + coalesce({tables.REMAINDER}, 0))"
+    return f"(SELECT * EXCLUDE ({tables.REMAINDER}) REPLACE ({time}::{_time_type(connection)} AS time) FROM ({stored}))"
 
 
 def _read(found: Sequence[SegmentFile], *, filename: bool = False) -> str:
@@ -1433,14 +1434,19 @@ def _seen_of(found: Sequence[SegmentFile], rows: Sequence[tuple[Any, ...]]) -> d
     return {Path(path): each for path, each in seen.items()}
 
 
-def _nothing(connection: duckdb.DuckDBPyConnection, table: str) -> str:
+def _nothing(connection: duckdb.DuckDBPyConnection, table: str, *, with_remainder: bool = False) -> str:
     """Return SQL for no rows with all columns of the table; it has no name, so that no list of tables shows it."""
-    schema = pa.schema([pa.field(f.name, _plain(f.type)) for f in tables.SCHEMAS[table]])
+    schema = pa.schema([pa.field(f.name, _plain(f.type)) for f in tables.SCHEMAS[table] if f.name != "time"])
     empty = connection.from_arrow(schema.empty_table())
-    columns = ", ".join(
-        f"CAST(NULL AS {kind}) AS {name}" for name, kind in zip(empty.columns, empty.types, strict=True)
-    )
-    return f"(SELECT {columns} WHERE false)"
+    types = {"time": _time_type(connection)} | ({tables.REMAINDER: "USMALLINT"} if with_remainder else {})
+    types |= dict(zip(empty.columns, map(str, empty.types), strict=True))
+    return f"(SELECT {', '.join(f'CAST(NULL AS {kind}) AS {name}' for name, kind in types.items())} WHERE false)"
+
+
+def _time_type(connection: duckdb.DuckDBPyConnection) -> str:
+    """Return DuckDB's type for times in nanoseconds: that with a time zone, if this DuckDB has it."""
+    [kind] = connection.from_arrow(pa.table({"time": pa.array([], pa.timestamp("ns", tz="UTC"))})).types
+    return str(kind) if str(kind).endswith("_NS") else "TIMESTAMP_NS"
 
 
 def _plain(type_: pa.DataType) -> pa.DataType:

@@ -20,7 +20,7 @@ from contracts.hooks import Hook
 from contracts.records import Batch
 from contracts.topics import Shard, stream_topic
 from mace.live.ingest import Ingest
-from storage.broker import Broker, properties
+from storage.broker import Brokers, properties
 from storage.query import StoreReader
 from tests.made_capture import HEADER, TOPOLOGY, batches, encode, forge, stream_tag, to_json, traffic
 
@@ -43,7 +43,7 @@ class Driven:
         config = Config(store=StoreConfig(sync=False), mqtt=MqttConfig(broker="mqtt://127.0.0.1:9"), ingest=self.config)
 
         async def begun():
-            ingest = Ingest(Broker(config.mqtt), self.path, config, Shard())
+            ingest = Ingest(Brokers(config.mqtt), self.path, config, Shard())
             await ingest._recover(await ingest._store.hold("a test"))
             return ingest
 

@@ -121,7 +121,11 @@ class RunningMace:
         """Return rows of `delays` as a list of dicts, filtered by the given values of columns."""
         where = " AND ".join(f"{name} = '{value}'" for name, value in equal.items()) or "true"
         # As an integer: Python's datetime has no nanoseconds.
-        found = query(self.store, f"SELECT * EXCLUDE time, epoch_ns(time) AS utc_ns FROM delays WHERE {where}")
+        found = query(
+            self.store,
+            "SELECT * EXCLUDE (time, time_remainder_ns), epoch_ns(time) + time_remainder_ns AS utc_ns FROM delays"
+            f" WHERE {where}",
+        )
         names = [column[0] for column in found.description]
         return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
 

@@ -43,7 +43,10 @@ class Options:
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of `mace ingest` to the parser."""
     parser.add_argument(
-        "--broker", dest="address", metavar="URL", help="the MQTT broker: mqtt://HOST[:PORT] or mqtts://HOST[:PORT]"
+        "--broker",
+        dest="address",
+        metavar="URL[,URL]",
+        help="the MQTT broker, mqtt://HOST[:PORT] or mqtts://HOST[:PORT], or several, separated by commas",
     )
     with_store(parser, "write rows and windows to this store; each ingesting process needs its own")
     parser.add_argument(
@@ -75,9 +78,9 @@ def run(options: Options, console: Console) -> int:
     made = settings.with_broker(made, options.address, options.broker)
     shard = Shard.parse(options.shard)
     from mace.live import ingest
-    from storage.broker import Broker
+    from storage.broker import Brokers
 
-    found = ingest.serve(Broker(made.mqtt), Path(made.store.path), made, shard, options.duration)
+    found = ingest.serve(Brokers(made.mqtt), Path(made.store.path), made, shard, options.duration)
     if options.format == JSON:
         console.json(found)
     else:

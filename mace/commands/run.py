@@ -86,8 +86,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--publish",
         nargs="?",
         const="",
-        metavar="URL",
-        help="publish to an MQTT broker (mqtt://HOST or mqtts://HOST; default: the configured one)",
+        metavar="URL[,URL]",
+        help="publish to an MQTT broker (mqtt://HOST or mqtts://HOST), or to one of several by this host's name"
+        " (default: the configured ones)",
     )
     parser.add_argument(
         "--publish-as",

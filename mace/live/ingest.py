@@ -1,4 +1,4 @@
-"""`mace ingest`: receives many hosts' streams from a broker and writes their results to one store.
+"""`mace ingest`: receives many hosts' streams from brokers and writes their results to one store.
 
     broker ──► turns ──► judge ──► engine of the host ──► journal
                                           │                  └──► acknowledgement to the host, once it is on the disk
@@ -44,6 +44,7 @@ from storage import SINKS
 from storage.broker import (
     QUEUE_BYTES,
     Broker,
+    Brokers,
     Connection,
     MqttError,
     MqttMessage,
@@ -82,8 +83,8 @@ _TOLD_OF: Final = 10_000
 class Ingest:
     """One ingest process. Raises `StoreError` when the store or the journal cannot be written."""
 
-    def __init__(self, broker: Broker, store: Path, config: Config, shard: Shard) -> None:
-        self._broker, self._config, self._shard = broker, config, shard
+    def __init__(self, brokers: Brokers, store: Path, config: Config, shard: Shard) -> None:
+        self._brokers, self._config, self._shard = brokers, config, shard
         kept = config.store
         self._store = FleetStore(
             store,
@@ -128,7 +129,11 @@ class Ingest:
         self.read_again = 0
         """Frames of the journal that were processed again at the start."""
         self.listening = asyncio.Event()
-        """Set while connected to the broker and subscribed."""
+        """Set while connected to every broker and subscribed there."""
+        self._away = {each.address for each in brokers.all}
+        """Addresses of the brokers that are not connected."""
+        self._via: dict[str, Broker] = {}
+        """Brokers of hosts that publish elsewhere than the list of brokers says: an older or newer list sent them."""
 
     @property
     def hosts(self) -> int:
@@ -158,18 +163,20 @@ class Ingest:
                 await sink.open()
             self.vitals.running = True
             opened.callback(self.vitals.ended)
-            receiving = asyncio.create_task(self._stay_connected(), name="ingest-receive")
+            receiving = [
+                asyncio.create_task(self._stay_connected(each), name="ingest-receive") for each in self._brokers.all
+            ]
             working = asyncio.create_task(self._work(), name="ingest-work")
             flushing = asyncio.create_task(self._flush_now_and_then(), name="ingest-flush")
             stopping = asyncio.create_task(stop.wait())
             try:
-                await asyncio.wait((receiving, working, flushing, stopping), return_when=asyncio.FIRST_COMPLETED)
-                ended = await cancelled(receiving, working)
+                await asyncio.wait((*receiving, working, flushing, stopping), return_when=asyncio.FIRST_COMPLETED)
+                ended = await cancelled(*receiving, working)
                 # The flushing task is not cancelled: it ends the flush under way, and then flushes once more.
                 self._ending.set()
                 await flushing
             finally:
-                await cancelled(receiving, working, flushing, stopping)
+                await cancelled(*receiving, working, flushing, stopping)
             for error in ended:
                 if isinstance(error, Exception):
                     raise error
@@ -244,32 +251,34 @@ class Ingest:
 
     # Broker -> journal, engines. ------------------------------------------------------------------------------
 
-    async def _stay_connected(self) -> None:
+    async def _stay_connected(self, broker: Broker) -> None:
         attempt = 0
+        queue = max(1, self._config.ingest.queue_messages // len(self._brokers.all))
         while True:
             try:
-                connection = self._broker.connection(queue=self._config.ingest.queue_messages)
-                async with connection as client:
+                async with broker.connection(queue=queue) as client:
                     attempt = 0
-                    await self._serve(client)
+                    await self._serve(client, broker)
             except MqttError as error:
                 level = logging.WARNING if attempt == 0 else logging.DEBUG
-                _LOG.log(
-                    level, "%s: %s; retrying; the hosts spool their records meanwhile", self._broker.address, error
-                )
+                _LOG.log(level, "%s: %s; retrying; its hosts spool their records meanwhile", broker.address, error)
+            self._away.add(broker.address)
             self.listening.clear()
             attempt += 1
             await asyncio.sleep(retry_after_s(attempt, random.random()))
 
-    async def _serve(self, client: Connection) -> None:
+    async def _serve(self, client: Connection, broker: Broker) -> None:
         filters = [(name, 1) for name in self._shard.filters()]
         answers = await client.subscribe([*filters, (f"{ROOT}/+/status", 0)])
         refused = [name for (name, _), answer in zip(filters, answers, strict=False) if is_failure(answer)]
         if refused:
             _LOG.error("the broker refuses subscriptions: %s (and %d more)", refused[0], len(refused) - 1)
-        _LOG.info("%s: shard %s, listening", self._broker.address, self._shard)
-        self.listening.set()
-        work = [asyncio.create_task(self._receive(client)), asyncio.create_task(self._tell_now_and_then(client))]
+        _LOG.info("%s: shard %s, listening", broker.address, self._shard)
+        self._away.discard(broker.address)
+        if not self._away:
+            self.listening.set()
+        receiving = asyncio.create_task(self._receive(client, broker))
+        work = [receiving, asyncio.create_task(self._tell_now_and_then(client, broker))]
         try:
             done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -277,13 +286,13 @@ class Ingest:
         finally:
             await cancelled(*work)
 
-    async def _receive(self, client: Connection) -> None:
+    async def _receive(self, client: Connection, broker: Broker) -> None:
         messages = client.messages
         async for message in messages:
             at_hand = [message]
             while at_hand:
                 for each in at_hand:
-                    self._hear(each)
+                    self._hear(each, broker)
                 self.queue_peak = max(self.queue_peak, len(messages) + len(self._turns))
                 # `at_hand` does not wait, so other tasks get their turn here.
                 await asyncio.sleep(0)
@@ -293,17 +302,18 @@ class Ingest:
                     await self._stirred.wait()
                 at_hand = list(client.at_hand(_AT_A_TIME))
 
-    def _hear(self, message: MqttMessage) -> None:
+    def _hear(self, message: MqttMessage, broker: Broker) -> None:
         """Queue a host's message for its turn; greet a host on a status message; refuse any other topic."""
         topic = str(message.topic)
         try:
             if topic.endswith("/status"):
-                self._greet(topic, payload_of(message))
+                self._greet(topic, payload_of(message), broker)
                 return
             host = host_of_stream(topic)
         except WireError as error:
             self._refuse(topic[:_HOST_LENGTH], topic, error)
             return
+        self._came_by(host, broker)
         self._turns.put(host, message, len(payload_of(message)) + _MESSAGE_BYTES)
         self.counts.let_fall = self._turns.let_fall
         self._stirred.set()
@@ -395,12 +405,23 @@ class Ingest:
                 self._base.setdefault(host, position[0])
                 self._due[host] = (head.stream, False)
 
-    def _greet(self, topic: str, payload: bytes) -> None:
+    def _greet(self, topic: str, payload: bytes, broker: Broker) -> None:
         """Ask a host that is online, and unknown here, to send its stream from the start."""
         parts = topic.split("/")
         host = check_host(parts[2] if len(parts) == 4 else "")
         if host not in self._hosts and self._shard.owns(host) and b'"online"' in payload:
+            self._came_by(host, broker)
             self._due.setdefault(host, (0, True))
+
+    def _came_by(self, host: str, broker: Broker) -> None:
+        """Note through which broker a host is reached."""
+        if broker is self._brokers.of(host):
+            self._via.pop(host, None)
+        elif host in self._via or len(self._via) < self._config.ingest.hosts:
+            self._via[host] = broker
+
+    def _is_by(self, host: str, broker: Broker) -> bool:
+        return self._via.get(host) is broker or (host not in self._via and self._brokers.of(host) is broker)
 
     def _ask_again(self, host: str, stream: int) -> None:
         now = asyncio.get_running_loop().time()
@@ -435,18 +456,25 @@ class Ingest:
         if self._writing is not None:
             await asyncio.shield(self._writing)
 
-    async def _tell_now_and_then(self, client: Connection) -> None:
+    async def _tell_now_and_then(self, client: Connection, broker: Broker) -> None:
         while True:
             await asyncio.sleep(ACK_INTERVAL_S)
-            words = self._words()
+            words = self._words(broker)
             await self._sync()
             for host, word in words:
                 await client.publish(ack_topic(host), word.to_bytes(), qos=0)
 
-    def _words(self) -> list[tuple[str, Ack]]:
-        """Return the acknowledgements to send once all entries appended so far are on the disk, and forget them."""
-        due, self._due = self._due, {}
-        refusals, self._refusals = self._refusals, {}
+    def _words(self, broker: Broker) -> list[tuple[str, Ack]]:
+        """Return the acknowledgements to send to a broker's hosts, and forget them.
+
+        They may be sent once all entries appended so far are on the disk.
+        """
+        due = {host: told for host, told in self._due.items() if self._is_by(host, broker)}
+        refusals = {host: told for host, told in self._refusals.items() if self._is_by(host, broker)}
+        for host in due:
+            del self._due[host]
+        for host in refusals:
+            del self._refusals[host]
         words = [(host, Ack(tag, self._hosts.next_of(host, tag), again)) for host, (tag, again) in due.items()]
         for host, (tag, refusal) in refusals.items():
             words.append((host, Ack(tag, self._hosts.next_of(host, tag), refused=refusal)))
@@ -464,10 +492,10 @@ class Ingest:
 
     async def _flush(self) -> None:
         """Store the results since the last flush, commit in the journal, and remove files that no recovery needs."""
-        if self.listening.is_set():
+        if len(self._away) < len(self._brokers.all):
             self.vitals.got_on(messages=self.queue_peak)
         elif not self.vitals.last_results_s:
-            self.vitals.waits_for = f"the broker {self._broker.address} has not answered yet"
+            self.vitals.waits_for = f"the broker {', '.join(sorted(self._away))} has not answered yet"
         self.vitals.waits_for = "" if self.vitals.last_results_s else self.vitals.waits_for
         parts = self._hosts.take_parts()
         if not parts:
@@ -560,7 +588,7 @@ def _last_commit(journal: Journal) -> tuple[Commit | None, dict[str, JournalPosi
 # The command. -----------------------------------------------------------------------------------------------------
 
 
-def serve(broker: Broker, store: Path, config: Config, shard: Shard, duration_s: float | None) -> dict[str, Any]:
+def serve(brokers: Brokers, store: Path, config: Config, shard: Shard, duration_s: float | None) -> dict[str, Any]:
     """Run the ingest until a signal, or for `duration_s`; returns its counters."""
     keep_freed_memory()
     gc.set_threshold(*_COLLECTED)
@@ -572,7 +600,7 @@ def serve(broker: Broker, store: Path, config: Config, shard: Shard, duration_s:
             loop.add_signal_handler(number, stop.set)
         if duration_s is not None:
             loop.call_later(duration_s, stop.set)
-        ingest = Ingest(broker, store, config, shard)
+        ingest = Ingest(brokers, store, config, shard)
         await ingest.run(stop)
         return {
             "shard": str(shard),

@@ -14,6 +14,7 @@ from contracts.errors import ConfigError, MissingExtra
 from contracts.interfaces import Status, StreamHeader, StreamItem, StreamSink
 
 if TYPE_CHECKING:
+    from storage.broker import Broker
     from storage.mqtt import StreamPublisher
 
 _CHECK_S: Final = 2.0
@@ -21,12 +22,12 @@ _CHECK_S: Final = 2.0
 
 def publisher(settings: Config) -> StreamPublisher:
     """Return the publisher that the configuration describes. Raises `MissingExtra`, `ConfigError`."""
-    from storage.broker import Broker  # noqa: PLC0415 (an extra)
+    from storage.broker import Brokers  # noqa: PLC0415 (an extra)
     from storage.mqtt import StreamPublisher  # noqa: PLC0415
 
     kept = settings.publish
     return StreamPublisher(
-        Broker(settings.mqtt),
+        Brokers(settings.mqtt),
         Path(kept.spool) / "publish",
         max_bytes=kept.spool_mib << 20,
         interval_s=kept.interval_s,
@@ -35,22 +36,35 @@ def publisher(settings: Config) -> StreamPublisher:
 
 
 def check(settings: Config) -> Status:
-    """Return whether the configured broker can be reached from this machine."""
+    """Return whether the configured brokers can be reached from this machine."""
     if not settings.mqtt.broker:
         return Status(True, "not configured")
     try:
-        from storage.broker import Broker  # noqa: PLC0415 (an extra)
+        from storage.broker import Brokers  # noqa: PLC0415 (an extra)
 
-        broker = Broker(settings.mqtt)
+        brokers = Brokers(settings.mqtt)
     except MissingExtra as error:
         return Status(False, error.why, error.remedy)
     except ConfigError as error:
         return Status(False, str(error), "see docs/mqtt.md")
+    host = settings.run.host or socket.gethostname()
+    trouble = {each.address: why for each in brokers.all if (why := _unreachable(each))}
+    if trouble:
+        told = "; ".join(f"{address}: {why}" for address, why in trouble.items())
+        return Status(False, told, "start the broker, or see [mqtt] broker")
+    addresses = ", ".join(each.address for each in brokers.all)
+    if len(brokers.all) == 1:
+        return Status(True, f"{addresses} accepts connections")
+    return Status(True, f"{addresses} accept connections; host {host} publishes to {brokers.of(host).address}")
+
+
+def _unreachable(broker: Broker) -> str:
+    """Return why a broker cannot be reached; "" if it can."""
     try:
         with socket.create_connection((broker.host, broker.port), _CHECK_S):
-            return Status(True, f"{broker.address} accepts connections")
+            return ""
     except OSError as error:
-        return Status(False, f"{broker.address}: {error.strerror or error}", "start the broker, or see [mqtt] broker")
+        return error.strerror or str(error)
 
 
 def line(sink: StreamPublisher) -> str:

@@ -36,7 +36,7 @@ from correlator.state import EngineState
 from mace.replaying.journal import Committed, committed_from_json, committed_to_json, cut_from_json, cut_to_json
 from mace.replaying.part import MACE_FORMAT, PartDone, PartTask, RecordedFile
 from storage import segments, tables
-from storage.embedded import check_schema, lock_store
+from storage.embedded import ABOUT, check_schema, lock_store, schema_of
 from storage.places import Place, place_at
 from storage.segments import HOUR_NS, NO_HOUR, UNFINISHED, by_hour
 
@@ -319,20 +319,22 @@ class Assembly:
         if not known and strange:
             raise StoreError(f"{root}: not a MACE store, and not empty (found {strange[0]!r})")
         self._lock_fd = lock_store(root, "replay of " + ", ".join(file.header.run for file in self._files[:3]))
-        if not known:
+        if known < SCHEMA_VERSION:
             assert self._place is not None
-            self._place.write("store.json", _about())
+            self._place.write("store.json", ABOUT)
         segments.remove_leftovers(root)
         self._retain()
 
     def _open_remote(self, place: Place) -> None:
         found = place.names()
         if not found:
-            place.write("store.json", _about())
+            place.write("store.json", ABOUT)
         elif UNFINISHED not in found:
             raise StoreError(
                 f"{place.location}: not empty (found {found[0]!r}); a replay to a URL needs an empty place"
             )
+        elif schema_of(place.read("store.json") or b"", f"{place.location}/store.json") < SCHEMA_VERSION:
+            place.write("store.json", ABOUT)
 
     def _go_on(self, place: Place, text: bytes) -> None:
         """Resume a stopped replay from its plan and notes."""
@@ -439,10 +441,6 @@ class Assembly:
     @property
     def _told_place(self) -> str:
         return self._place.location if self._place is not None else "-"
-
-
-def _about() -> bytes:
-    return json.dumps({"format": "mace-store", "schema": SCHEMA_VERSION}).encode()
 
 
 def _segment_name(table: str, hour: int, flush: int, rows: int) -> str:

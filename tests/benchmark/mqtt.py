@@ -31,9 +31,10 @@ from contracts.records import Batch
 from contracts.topics import OLDEST, Ack, ack_topic, stream_topic
 from contracts.wire import HEAD, HEAD_SIZE, Encoder, parse_head
 from storage import segments
-from storage.broker import Broker
+from storage.broker import Broker, Brokers
 from storage.mqtt import StreamPublisher
 from storage.query import StoreReader
+from storage.tables import REMAINDER, from_stored
 from tests.benchmark.figures import MACE, cpu_s, figure, folder, peak_mib
 from tests.benchmark.mqtt_hosts import KEEPALIVE_S, PINGREQ, HostConnection, packet, publish
 from tests.brokers import Mosquitto, mosquitto
@@ -85,9 +86,9 @@ def usage(process: subprocess.Popen[Any]) -> tuple[float, float]:
     return peak_mib(process.pid), cpu_s(process.pid)
 
 
-async def received(broker: Broker) -> int:
+async def received(brokers: Brokers) -> int:
     """Return the bytes received by the broker's own count."""
-    async with broker.connection() as client:
+    async with brokers.all[0].connection() as client:
         await client.subscribe("$SYS/broker/bytes/received")
         messages = client.messages
         # The first message is the previous count; the next one is current.
@@ -98,8 +99,8 @@ async def received(broker: Broker) -> int:
 # One host, at full speed -------------------------------------------------------------------------------------------
 
 
-async def one_round(broker: Broker, spool: Path, run: str, whole: Batch) -> float:
-    sink = StreamPublisher(broker, spool, max_bytes=1 << 30, interval_s=0.05, drain_s=120)
+async def one_round(brokers: Brokers, spool: Path, run: str, whole: Batch) -> float:
+    sink = StreamPublisher(brokers, spool, max_bytes=1 << 30, interval_s=0.05, drain_s=120)
     await sink.open(replace(HEADER, run=run))
     span = int(whole.ts_ns[-1] - whole.ts_ns[0]) + 1_000_000
     start = time.perf_counter()
@@ -122,15 +123,15 @@ def through() -> list[dict[str, Any]]:
     whole = traffic(1_000_000)
     found = []
     with stopped_with_us(), folder() as where, mosquitto(where / "broker", *BROKER) as server:
-        broker = Broker(MqttConfig(broker=server.url))
+        brokers = Brokers(MqttConfig(broker=server.url))
         for name, args in (("mqtt_ingest", ["--no-rows"]), ("mqtt_ingest_rows", [])):
             store = where / name
             rates = []
             with ingest(server, store, *args) as process:
-                before = asyncio.run(received(broker))
+                before = asyncio.run(received(brokers))
                 for turn in range(ROUNDS + 1):
-                    rates.append(asyncio.run(one_round(broker, where / "spool", f"{name}-{turn}", whole)))
-                size = (asyncio.run(received(broker)) - before) / RECORDS / (ROUNDS + 1)
+                    rates.append(asyncio.run(one_round(brokers, where / "spool", f"{name}-{turn}", whole)))
+                size = (asyncio.run(received(brokers)) - before) / RECORDS / (ROUNDS + 1)
                 peak, spent_s = usage(process)
             ledger = StoreReader(store).ledger()
             assert (ledger.records, ledger.discarded, ledger.imbalance) == (RECORDS * (ROUNDS + 1), 0, 0), ledger
@@ -297,7 +298,7 @@ def wait_s(store: Path) -> np.ndarray[Any, Any]:
     """Return for each row the time from its packet until its segment could be read."""
     found = []
     for each in segments.listing(store, "delays"):
-        rows = pq.read_table(each.path, columns=["time"], partitioning=None)
+        rows = from_stored(pq.read_table(each.path, columns=["time", REMAINDER], partitioning=None))
         # A rename changes the inode: from then on readers see the segment.
         found.append((each.path.stat().st_ctime_ns - rows["time"].cast("int64").to_numpy()) / 1e9)
     return np.concatenate(found)

@@ -30,6 +30,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "capture_to_rows": LAB,
     "store": (),
     "report_cpus": (),
+    "spark_read": ("java",),
     "vs_netdev_times": (*LAB, "perf"),
     "vs_bpftrace_text": (*LAB, "bpftrace"),
     "live_flood": LAB,
@@ -61,7 +62,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "serve_cost": LAB,
     "pods_1000": (),
 }
-"""Group -> programs and headers. Python libraries are in the lock; VictoriaMetrics is fetched into the cache."""
+"""Group -> programs and headers. Python libraries are in the lock; VictoriaMetrics and PySpark are fetched
+into the cache."""
 
 
 def packages() -> dict[str, str]:

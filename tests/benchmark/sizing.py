@@ -26,7 +26,7 @@ from typing import Any
 from contracts import clock
 from contracts.config import MqttConfig
 from contracts.records import Batch
-from storage.broker import Broker
+from storage.broker import Brokers
 from storage.mqtt import StreamPublisher
 from tests.benchmark.figures import MACE, figure, folder
 from tests.benchmark.mqtt import BROKER, ingest, received, usage
@@ -68,15 +68,15 @@ def one(rate: int, sample: int) -> Iterator[dict[str, Any]]:
             f'[sinks.influxdb]\nurl = "{influx.url}"\nspool = "{where}/spool"\nsample = {sample}\n'
             f"[correlate]\nrows = {'true' if sample else 'false'}\n"
         )
-        broker = Broker(MqttConfig(broker=server.url))
+        brokers = Brokers(MqttConfig(broker=server.url))
         with ingest(server, where / "store", "--config", str(config)) as process:
-            before = asyncio.run(received(broker))
+            before = asyncio.run(received(brokers))
             of_influx, of_ingest = usage(influx.process)[1], usage(process)[1]
             begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
-            asyncio.run(publish(broker, where / "publish", rate))
+            asyncio.run(publish(brokers, where / "publish", rate))
             took_s = time.perf_counter() - begin_s
             measured["publish_cores"] = (time.process_time() - begin_cpu_s) / took_s
-            measured["mqtt_bytes"] = (asyncio.run(received(broker)) - before) / SECONDS
+            measured["mqtt_bytes"] = (asyncio.run(received(brokers)) - before) / SECONDS
             memory_mib, cpu_s = usage(process)
             measured["ingest_cores"], measured["ingest_mib"] = (cpu_s - of_ingest) / took_s, memory_mib
         memory_mib, cpu_s = usage(influx.process)
@@ -88,11 +88,11 @@ def one(rate: int, sample: int) -> Iterator[dict[str, Any]]:
         yield figure(f"sizing_{rate}_{sample}_{name}", units[name.rsplit("_", 1)[1]], [value])
 
 
-async def publish(broker: Broker, spool: Path, rate: int) -> None:
+async def publish(brokers: Brokers, spool: Path, rate: int) -> None:
     """Publish traffic of `SECONDS` in real time."""
     records = stretched(rate, SECONDS)
     now = clock.ClockPair(TOPOLOGY.from_ns, time.time_ns(), 0)
-    sink = StreamPublisher(broker, spool, max_bytes=1 << 30, drain_s=60)
+    sink = StreamPublisher(brokers, spool, max_bytes=1 << 30, drain_s=60)
     await sink.open(replace(HEADER, run=json.dumps([rate, os.getpid()]), clock=now))
     begin_s = time.monotonic()
     try:

@@ -35,7 +35,7 @@ from contracts.config import MqttConfig
 from contracts.records import Batch
 from contracts.vitals import process_figures
 from storage import segments
-from storage.broker import Broker
+from storage.broker import Brokers
 from storage.mqtt import StreamPublisher
 from storage.query import StoreReader
 from tests.benchmark.figures import MACE, resident_mib
@@ -252,7 +252,7 @@ async def soak(args: argparse.Namespace, broker: Mosquitto, place: Path, disks: 
     served, link, feed = Served(broker, store, place / "ingest.log"), BrokerLink(broker.port), RecordsFeed(args.records)
     port = await link.open()
     sink = StreamPublisher(
-        Broker(MqttConfig(broker=f"mqtt://127.0.0.1:{port}")), spool, max_bytes=384 << 20, drain_s=300.0
+        Brokers(MqttConfig(broker=f"mqtt://127.0.0.1:{port}")), spool, max_bytes=384 << 20, drain_s=300.0
     )
     supervising = asyncio.create_task(served.supervise())
     stop, notes, begin = asyncio.Event(), [], time.monotonic()

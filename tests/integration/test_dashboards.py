@@ -18,6 +18,7 @@ import pytest
 
 from mace import lab
 from tests.influxql import ALL, PanelQuery, as_grafana_would
+from tests.measuring import on_one_cpu, well_traced_cpu
 from tests.places import GOLDEN
 from tests.servers import Influx
 
@@ -42,7 +43,16 @@ def database(tmp_path_factory):
     influx = Influx(place / "server").start()
     try:
         for source in ("kmod", "ftrace"):
-            told = ("replay", FILES / f"{source}.mace", "--store", place / source, "--influxdb", influx.url, "--json")
+            told = (
+                "replay",
+                FILES / f"{source}.mace",
+                "--cpus",
+                "--store",
+                place / source,
+                "--influxdb",
+                influx.url,
+                "--json",
+            )
             mace(*told, "--config", config(place, source))
         said, capture = FILES / "ping.txt", FILES / "kmod.mace"
         mace("correct", said, capture, "--container", "c1", "--influxdb", influx.url, "--config", config(place, "rtt"))
@@ -74,11 +84,12 @@ def live(influx: Influx, place: Path) -> None:
             )
         finally:
             traffic.join()
-        # Only a live tool has a host RTT: probes run beside it.
-        mace(
-            *("ping", "--lab", name, "--container", "c1", "--source", "ftrace", "-c", 200, "-i", "0.02", "--json"),
-            *("--influxdb", influx.url, "--config", config(place, "pinged"), made.address("remote")),
-        )
+        # Only a live tool has a host RTT, for probes run beside it, and known waits, for its tasks are followed.
+        with on_one_cpu(well_traced_cpu()):
+            mace(
+                *("ping", "--lab", name, "--container", "c1", "--source", "ftrace", "-c", 200, "-i", "0.02", "--json"),
+                *("--influxdb", influx.url, "--config", config(place, "pinged"), made.address("remote")),
+            )
 
 
 def span(influx: Influx) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from contracts.config import Config, InfluxConfig, MqttConfig, PrometheusConfig,
 from contracts.topics import Shard
 from mace.live.ingest import Ingest
 from storage import segments
-from storage.broker import Broker
+from storage.broker import Brokers
 from storage.mqtt import StreamPublisher
 from tests.brokers import mosquitto
 from tests.made_capture import HEADER, TOPOLOGY, batches, traffic
@@ -52,7 +52,7 @@ def test_the_database_has_the_rows_of_the_store(tmp_path, restarted):
 
     async def ingest_for(broker, during):
         ingest, stop = (
-            Ingest(Broker(settings(broker).mqtt), tmp_path / "store", settings(broker), Shard()),
+            Ingest(Brokers(settings(broker).mqtt), tmp_path / "store", settings(broker), Shard()),
             asyncio.Event(),
         )
         running = asyncio.create_task(ingest.run(stop))
@@ -65,7 +65,7 @@ def test_the_database_has_the_rows_of_the_store(tmp_path, restarted):
     async def work(broker):
         parts = [TOPOLOGY, *batches(traffic(RECORDS, 3), 500)]
         options = {"max_bytes": 64 << 20, "interval_s": 0.05, "drain_s": WITHIN_S}
-        sinks = [StreamPublisher(Broker(settings(broker).mqtt), tmp_path / host, **options) for host in HOSTS]
+        sinks = [StreamPublisher(Brokers(settings(broker).mqtt), tmp_path / host, **options) for host in HOSTS]
         half = len(parts) // 2
 
         async def give(part):

@@ -24,7 +24,7 @@ from correlator import configured
 from mace.live import pipeline
 from mace.live.ingest import Ingest
 from storage import journal, segments, wanted_sinks
-from storage.broker import Broker
+from storage.broker import Broker, Brokers
 from storage.embedded import EmbeddedStore
 from storage.mqtt import StreamPublisher
 from storage.query import StoreReader
@@ -78,8 +78,8 @@ def content(path, host):
     found = {}
     for table in ("delays", "windows"):
         paths = [str(each.path) for each in segments.listing(path, table)]
-        rows = "SELECT * REPLACE (epoch_ns(time) AS time) FROM read_parquet($paths, hive_partitioning = false)"
-        mine = f"{rows} WHERE host = $host ORDER BY ALL"
+        whole = "SELECT * EXCLUDE time_remainder_ns REPLACE (epoch_ns(time) + time_remainder_ns AS time)"
+        mine = f"{whole} FROM read_parquet($paths, hive_partitioning = false) WHERE host = $host ORDER BY ALL"
         found[table] = duckdb.execute(mine, {"paths": paths, "host": host}).fetchall() if paths else []
     found["stages"] = [
         (
@@ -102,7 +102,7 @@ def content(path, host):
 async def ingesting(broker, store, shard=ALL, config=None):
     """Run an ingest in this process for the duration of the block."""
     config = config or settings(broker=broker.url)
-    ingest = Ingest(Broker(config.mqtt), store, config, shard)
+    ingest = Ingest(Brokers(config.mqtt), store, config, shard)
     stop = asyncio.Event()
     running = asyncio.create_task(ingest.run(stop))
     try:
@@ -114,7 +114,7 @@ async def ingesting(broker, store, shard=ALL, config=None):
 
 def publisher(broker, spool, config=None, **options):
     options = {"max_bytes": 64 << 20, "interval_s": 0.05, "drain_s": WITHIN_S} | options
-    return StreamPublisher(Broker((config or settings(broker=broker.url)).mqtt), spool, **options)
+    return StreamPublisher(Brokers((config or settings(broker=broker.url)).mqtt), spool, **options)
 
 
 async def publish(sink, items, of, pause_s=0.0):
@@ -262,7 +262,7 @@ def test_an_ingest_continues_from_its_snapshots(tmp_path, monkeypatch):
         publishing = asyncio.create_task(publish(sink, items, header(), pause_s=0.05))
         read_again = []
         for round_ in range(4):
-            ingest = Ingest(Broker(settings(broker=broker.url).mqtt), tmp_path / "store", settings(), ALL)
+            ingest = Ingest(Brokers(settings(broker=broker.url).mqtt), tmp_path / "store", settings(), ALL)
             running = asyncio.create_task(ingest.run(asyncio.Event()))
             await until(lambda round_=round_: sink.arrived > round_ * 15_000)
             # The last records may leave nothing to store.

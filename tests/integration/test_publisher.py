@@ -27,7 +27,7 @@ from contracts.wire import (
 )
 from mace.live.ingest import Ingest
 from storage import mqtt
-from storage.broker import Broker, MqttError
+from storage.broker import Broker, Brokers, MqttError
 from storage.mqtt import StreamPublisher
 from storage.query import StoreReader
 from storage.spool import Frame, Spool
@@ -52,7 +52,7 @@ def header(host="measured.example", run="5f2b7c9e"):
 
 def publisher(url, spool, config=None, **options):
     options = {"max_bytes": 64 << 20, "interval_s": 0.02, "drain_s": WITHIN_S} | options
-    return StreamPublisher(Broker((config or settings(url)).mqtt), spool, **options)
+    return StreamPublisher(Brokers((config or settings(url)).mqtt), spool, **options)
 
 
 async def write(sink, items):
@@ -71,7 +71,7 @@ class Ingesting:
 
     def __init__(self, url, store, config=None):
         config = config or settings(url)
-        self._ingest = Ingest(Broker(config.mqtt), store, config, Shard())
+        self._ingest = Ingest(Brokers(config.mqtt), store, config, Shard())
         self._stop = asyncio.Event()
 
     async def __aenter__(self):

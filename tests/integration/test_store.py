@@ -195,4 +195,4 @@ def test_the_files_have_the_documented_layout(tmp_path):
         "store.json",
         "windows/day=2025-06-15/hour=15/000000000002-000000000002.13.parquet",
     ]
-    assert json.loads((tmp_path / "store.json").read_text()) == {"format": "mace-store", "schema": 1}
+    assert json.loads((tmp_path / "store.json").read_text()) == {"format": "mace-store", "schema": 2}

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mace import cli
+from storage.tables import grown
 from tests.places import DOCS, GOLDEN, ROOT
 
 EXPECTED = Path(__file__).with_name("expected.json")
@@ -69,7 +70,7 @@ def _digests(folder: Path) -> Iterator[tuple[str, str]]:
     segments = sorted(folder.rglob("*.parquet"))
     if not segments:
         return
-    table = pa.concat_tables([pq.read_table(path, partitioning=None) for path in segments])
+    table = pa.concat_tables([grown(pq.read_table(path, partitioning=None), folder.name) for path in segments])
     for name in table.column_names:
         column = table.column(name)
         plain = column if not pa.types.is_dictionary(column.type) else pc.cast(column, column.type.value_type)

@@ -3,7 +3,19 @@
 import pytest
 
 from contracts.errors import UsageError, WireError
-from contracts.topics import BUCKETS, Ack, Refusal, Shard, bucket, check_host, host_of_stream, stream_topic
+from contracts.topics import (
+    BUCKETS,
+    Ack,
+    Refusal,
+    Shard,
+    broker_of,
+    bucket,
+    check_host,
+    host_of_results,
+    host_of_stream,
+    results_topic,
+    stream_topic,
+)
 
 
 @pytest.mark.parametrize("host", ["web-1", "web.example", "naïve", "a b", "x" * 255])
@@ -96,3 +108,34 @@ def test_a_reason_is_text_of_a_bounded_length():
 def test_consecutive_refused_frames_are_reported_together():
     assert Refusal(3, 4, "a").with_next(Refusal(5, 5, "b")) == Refusal(3, 5, "b")
     assert Refusal(3, 4, "a").with_next(Refusal(7, 7, "b")) == Refusal(7, 7, "b")
+
+
+def test_a_host_has_the_same_broker_for_ever_and_in_every_order():
+    addresses = [f"mqtt://broker-{letter}.example:1883" for letter in "abc"]
+    found = [broker_of(host, addresses) for host in ("web-1", "web-2", "naïve")]
+    assert found == [broker_of(host, addresses[::-1]) for host in ("web-1", "web-2", "naïve")]
+    assert [each.partition(".")[0][-1] for each in found] == ["b", "b", "c"]
+
+
+def test_a_broker_more_or_less_moves_its_own_hosts_only():
+    hosts = [f"host-{number}" for number in range(3_000)]
+    addresses = [f"mqtt://broker-{number}.example:1883" for number in range(5)]
+    before = {host: broker_of(host, addresses) for host in hosts}
+    shares = [list(before.values()).count(each) for each in addresses]
+    # A share is binomial: 600 hosts, and five standard deviations of 22.
+    assert all(490 < share < 710 for share in shares)
+    more = {host: broker_of(host, [*addresses, "mqtt://new.example:1883"]) for host in hosts}
+    assert {more[host] for host in hosts if more[host] != before[host]} == {"mqtt://new.example:1883"}
+    less = {host: broker_of(host, addresses[1:]) for host in hosts}
+    assert {before[host] for host in hosts if less[host] != before[host]} == {addresses[0]}
+
+
+def test_brokers_and_shards_divide_hosts_independently():
+    """Each shard has hosts of each broker, so the shards stay equal whatever the number of brokers."""
+    addresses = [f"mqtt://broker-{number}.example:1883" for number in range(4)]
+    found = {(broker_of(f"host-{n}", addresses), bucket(f"host-{n}") % 4) for n in range(400)}
+    assert len(found) == 16
+
+
+def test_the_host_of_a_topic_of_results_is_the_host():
+    assert host_of_results(results_topic("web-1.example", "delays")) == "web-1.example"

@@ -11,7 +11,7 @@ from contracts.errors import ConfigError
 from mace.cli import main
 from mace.live import publish
 from storage import broker
-from storage.broker import Broker, retry_after_s
+from storage.broker import Broker, Brokers, retry_after_s
 
 
 def test_the_address_has_a_port_of_its_own_or_the_usual_one():
@@ -38,6 +38,14 @@ def test_invalid_configurations_have_a_reason(config, message):
     with pytest.raises(ConfigError, match=message) as raised:
         Broker(MqttConfig(**config))
     assert "secret" not in str(raised.value)
+
+
+def test_several_brokers_are_told_apart_by_their_addresses():
+    brokers = Brokers(MqttConfig(broker="mqtt://a.example, mqtt://b.example:77"))
+    assert [each.address for each in brokers.all] == ["mqtt://a.example:1883", "mqtt://b.example:77"]
+    for listed in ("mqtt://a.example,mqtt://A.example:1883", "mqtt://a.example,"):
+        with pytest.raises(ConfigError, match=r"named twice|expected mqtt://HOST"):
+            Brokers(MqttConfig(broker=listed))
 
 
 def test_a_password_needs_a_user_name(monkeypatch):

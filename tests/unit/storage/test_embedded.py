@@ -16,7 +16,7 @@ from contracts.hooks import Hook
 from contracts.ledger import Ledger
 from contracts.schema import Delays, HookCost
 from contracts.vitals import process_figures
-from storage import segments
+from storage import segments, tables
 from storage.embedded import EmbeddedStore
 from storage.query import Filter, StoreReader
 from tests.made_results import START_NS, header, make_delays, make_results, make_windows, topology, with_totals
@@ -66,7 +66,8 @@ def test_rows_go_to_their_own_hours(tmp_path):
     found = segments.listing(tmp_path, "delays")
     assert len(found) == len(delays) // 100 + 1
     for each in found:
-        hours = pq.read_table(each.path, partitioning=None).column("time").cast("int64").to_numpy() // HOUR_NS
+        rows = tables.from_stored(pq.read_table(each.path, partitioning=None))
+        hours = rows.column("time").cast("int64").to_numpy() // HOUR_NS
         assert set(hours) == {each.hour}
         assert len(hours) == each.rows
     assert rows_in(tmp_path) == len(delays)
@@ -179,7 +180,7 @@ def test_the_same_run_is_not_stored_twice(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (json.dumps({"schema": 99}), r"version 99.*knows 1 to 1.*upgrade"),
+        (json.dumps({"schema": 99}), r"version 99.*knows 1 to 2.*upgrade"),
         (json.dumps({"schema": "1"}), "version 1"),
         (json.dumps({"schema": True}), "version True"),
         ("{", "not a description"),

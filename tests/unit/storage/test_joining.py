@@ -113,7 +113,7 @@ def test_merging_moves_large_segments_and_encodes_small_ones_once(tmp_path, monk
     assert len(large) == 4
     unsummed, *moved = large
     rows = pq.read_table(unsummed.path, partitioning=None)
-    pq.write_table(rows.cast(tables.SCHEMAS["delays"]), unsummed.path)
+    pq.write_table(rows.cast(tables.STORED_SCHEMAS["delays"]), unsummed.path)
     assert not bears_sum(unsummed.path)
     kept = [pages(s.path.read_bytes()) for s in moved]
 

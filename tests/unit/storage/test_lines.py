@@ -10,13 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contracts.clock import ClockPair
+from contracts.cpus import Measure, StagePlace
 from contracts.figures import ranks
 from contracts.metrics import MEASUREMENTS
 from contracts.schema import NOT_TOLD, Delays, Direction, Grade, Outcome, RoundTripRows, RoundTrips, Segment
 from contracts.topology import Device, Role, Sharer
 from storage.lines import Budget, StreamLines, key
 from tests.durations import S
-from tests.made_results import HEADER, START_NS, delays_of, make_delays, make_results, make_windows, topology
+from tests.made_results import (
+    HEADER,
+    START_NS,
+    delays_of,
+    make_delays,
+    make_results,
+    make_stages,
+    make_windows,
+    topology,
+    with_rows,
+)
 
 DEVICES = topology(2)
 
@@ -188,6 +199,31 @@ def test_the_budget_refuses_new_series_and_reports_it():
     assert encoded(lines, delays) != []
     assert lines.over_budget == 2 * again, "those that are known go on, the others are counted each time"
     assert list(lines.windows(make_windows(delays), DEVICES, ranks(DEVICES))) == []
+
+
+def test_stages_are_counters_of_the_run():
+    stages, places = make_stages(
+        [
+            (StagePlace(1, 0, 0, 3), Direction.EGRESS, Measure.RUN, [5, 7_000]),
+            (StagePlace(0, 0, -1, -1), Direction.INGRESS, Measure.WORK, [9]),
+        ]
+    )
+    told = with_rows(make_results(make_delays(2)), stages=stages, places=places)
+    inner, veth = told.rows.devices[:2]
+    lines = stream()
+    at = told.totals.upto_utc_ns
+    of, source = f"cpu_stage,host={HEADER.host},container=c0", f"source={HEADER.source}"
+    whole = f"{of},netns={inner.netns_name},device=eth0,kind=veth,direction=ingress,measure=work,{source}"
+    stage = f"{of},netns=host,device={veth.name},kind=veth,direction=egress,measure=run,cpu=3,moved=yes,{source}"
+    assert list(lines.stages(told.rows, told.totals)) == [
+        f"{whole} count=1i,sum_ns=9i {at}\n",
+        f"{stage} count=2i,sum_ns=7005i {at}\n",
+    ]
+    [_, again] = lines.stages(told.rows, told.totals)
+    assert " count=4i,sum_ns=14010i " in again
+    full = StreamLines(HEADER, Budget(1))
+    assert len(list(full.stages(told.rows, told.totals))) == 1
+    assert full.over_budget == 1
 
 
 def test_round_trips():

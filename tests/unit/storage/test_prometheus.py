@@ -19,6 +19,7 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from contracts.config import Config, PrometheusConfig, SinksConfig
+from contracts.cpus import Measure, StagePlace
 from contracts.errors import ConfigError, Unavailable
 from contracts.hooks import Hook
 from contracts.ledger import Ledger
@@ -28,7 +29,16 @@ from contracts.vitals import Publishing, Vitals
 from contracts.windowtable import WindowTable
 from storage import SINKS
 from storage import prometheus as endpoint
-from tests.made_results import HEADER, make_delays, make_results, make_windows, topology, with_rows, with_totals
+from tests.made_results import (
+    HEADER,
+    make_delays,
+    make_results,
+    make_stages,
+    make_windows,
+    topology,
+    with_rows,
+    with_totals,
+)
 
 DELAYS = make_delays(400, containers=2)
 LEDGER = Ledger(records=120, matched=100, unmatched=10, in_flight=10, lost=7)
@@ -116,6 +126,49 @@ def test_histograms_are_exact():
             assert value("_bucket", le=f"{edge_ns / 1e9:.9g}") == sum(d <= edge_ns for d in delays), octave
         seen += 1
     assert seen == sum(key[0] == f"{name}_count" for key in found)
+
+
+def test_stages_are_counters_by_the_cpu_that_worked():
+    egress = (Direction.EGRESS, Measure.RUN)
+    stages, places = make_stages(
+        [
+            (StagePlace(1, 0, 0, 0), *egress, [5, 7_000]),
+            (StagePlace(1, 0, 0, 1), *egress, [100]),
+            (StagePlace(1, 0, 2, 1), *egress, [11]),
+            (StagePlace(0, 0, -1, -1), Direction.EGRESS, Measure.WORK, [7_116]),
+        ]
+    )
+    once = with_rows(make_results(make_delays(2)), stages=stages, places=places)
+    server = serving()
+    _, _, text = during(server, lambda: get(server, "/metrics"), (HEADER, [once, once]))
+    found = samples(text)
+    inner, veth = topology()[:2]
+
+    def of(name, device, **labels):
+        told = {
+            "host": HEADER.host, "source": HEADER.source, "container": "c0", "netns": device.netns_name,
+            "device": device.name, "kind": device.kind, "direction": "egress", "measure": "run",
+        }  # fmt: skip
+        return found[name, tuple(sorted((told | labels).items()))]
+
+    assert of("mace_stages_total", veth, cpu="0", moved="no") == 4
+    assert of("mace_stage_seconds_total", veth, cpu="0", moved="no") == pytest.approx(14_010 / 1e9)
+    assert of("mace_stages_total", veth, cpu="1", moved="yes") == 4, "from CPU 0 and from CPU 2"
+    assert of("mace_stages_total", inner, cpu="", moved="", measure="work") == 2
+    assert found["mace_stages_not_shown_total", ()] == 0
+
+
+def test_stages_beyond_the_limit_are_counted(monkeypatch):
+    monkeypatch.setattr(endpoint, "_MOST_SERIES", 1)
+    stages, places = make_stages(
+        [(StagePlace(1, 0, 0, cpu), Direction.EGRESS, Measure.RUN, [5, 6]) for cpu in range(3)]
+    )
+    server = serving()
+    told = with_rows(make_results(make_delays(2)), stages=stages, places=places)
+    _, _, text = during(server, lambda: get(server, "/metrics"), (HEADER, [told]))
+    found = samples(text)
+    assert sum(value for (name, _), value in found.items() if name == "mace_stages_total") == 2
+    assert found["mace_stages_not_shown_total", ()] == 4
 
 
 def test_the_ledger_and_the_cost_are_counters():

@@ -14,7 +14,7 @@ from correlator.engine import EngineConfig
 from mace.live.hosts import SLICE_NS, Hosts
 from mace.live.ingest import Ingest
 from storage import broker, segments
-from storage.broker import Broker
+from storage.broker import Brokers
 from storage.journal import FIRST_SLICE_NS, Commit, EntryKind, Journal
 from storage.query import StoreReader
 from tests.made_capture import HEADER, TOPOLOGY, batches, encode, traffic
@@ -41,7 +41,7 @@ def run(path):
         config = Config(store=StoreConfig(sync=False), mqtt=MqttConfig(broker="mqtt://127.0.0.1:9"))
         stop = asyncio.Event()
         stop.set()
-        ingest = Ingest(Broker(config.mqtt), path, config, Shard())
+        ingest = Ingest(Brokers(config.mqtt), path, config, Shard())
         await ingest.run(stop)
         return ingest
 
@@ -144,7 +144,7 @@ def test_a_connection_that_swallows_cancellation_lets_the_ingest_end(tmp_path, m
     """A connection that breaks while it is closed raises its own error instead of the cancellation."""
     forgotten, begun = 0, asyncio.Event()
 
-    async def forgetful(self):
+    async def forgetful(self, _):
         nonlocal forgotten
         begun.set()
         while True:
@@ -161,7 +161,7 @@ def test_a_connection_that_swallows_cancellation_lets_the_ingest_end(tmp_path, m
     async def work():
         config = Config(store=StoreConfig(sync=False), mqtt=MqttConfig(broker="mqtt://127.0.0.1:9"))
         stop = asyncio.Event()
-        running = asyncio.create_task(Ingest(Broker(config.mqtt), tmp_path / "store", config, Shard()).run(stop))
+        running = asyncio.create_task(Ingest(Brokers(config.mqtt), tmp_path / "store", config, Shard()).run(stop))
         await begun.wait()
         stop.set()
         await running
@@ -172,7 +172,7 @@ def test_a_connection_that_swallows_cancellation_lets_the_ingest_end(tmp_path, m
 
 async def writing(place, monkeypatch, sync):
     """Return an ingest whose journal writes with `sync`, and the task that has just requested a write."""
-    ingest = Ingest(Broker(MqttConfig(broker="mqtt://127.0.0.1:9")), place, Config(), Shard())
+    ingest = Ingest(Brokers(MqttConfig(broker="mqtt://127.0.0.1:9")), place, Config(), Shard())
     ingest._journal.open()
     monkeypatch.setattr(Journal, "sync", sync)
     ingest._journal.append(EntryKind.FRAME, "a", b"1")

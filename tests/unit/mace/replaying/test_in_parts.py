@@ -10,16 +10,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import duckdb
+import pyarrow.parquet as pq
 import pytest
 
 from collector.files import FileOptions
 from collector.reading.opening import filesystem
 from contracts.config import StoreConfig
 from contracts.errors import CaptureError, Stopped, StoreError, Unavailable
+from contracts.schema import SCHEMA_VERSION
 from correlator.engine import EngineConfig
 from mace.replaying.assembly import Assembly
 from mace.replaying.into_store import files_at, into_store
 from mace.replaying.part import run_part
+from storage import segments, sql, tables
 from storage.embedded import EmbeddedStore
 from storage.places import LocalPlace
 from storage.query import StoreReader
@@ -140,6 +143,30 @@ def test_stopped_and_resumed_again_and_again(capture, reference, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_replay_of_an_older_version_is_resumed(capture, reference, tmp_path, monkeypatch):
+    """The parts before the stop have files of schema version 1, the parts after it files of today."""
+    store = tmp_path / "store"
+    with monkeypatch.context() as then:
+        then.setattr(tables, "to_stored", lambda rows: rows)
+        then.setattr(tables, "STORED_SCHEMAS", tables.SCHEMAS)
+        then.setattr(tables, "nothing_encoded", lambda table: tables.encode(tables.SCHEMAS[table].empty_table(), table))
+        then.setattr("mace.replaying.assembly.ABOUT", b'{"format": "mace-store", "schema": 1}')
+        with pytest.raises(Stopped):
+            replayed(capture, store, **stop_after(2))
+    assert json.loads((store / "store.json").read_text())["schema"] == 1
+    summary = replayed(capture, store, resume=True)
+    assert json.loads((store / "store.json").read_text())["schema"] == SCHEMA_VERSION
+    kinds = {tables.REMAINDER in pq.read_schema(each.path).names for each in segments.listing(store, "delays")}
+    assert kinds == {True, False}
+    assert summary.as_dict() == reference[1].as_dict()
+    found, expected = (
+        sql.table(StoreReader(path), "SELECT * REPLACE (epoch_ns(time) AS time) FROM delays ORDER BY ALL")
+        for path in (store, reference[0])
+    )
+    assert found.equals(expected)
+
+
+@pytest.mark.slow
 def test_killed_between_any_two_steps_of_a_commit(capture, reference, tmp_path, monkeypatch):
     """The file system fails at the n-th change of a commit; a resume completes the commit."""
 
@@ -228,7 +255,7 @@ def test_damage_ends_the_replay_after_the_sound_part(capture, tmp_path):
     )
     assert summary.ledger.discarded > 0
     assert any("skipped" in told for told in warnings)
-    assert json.loads((tmp_path / "salvaged" / "store.json").read_text())["schema"] == 1
+    assert json.loads((tmp_path / "salvaged" / "store.json").read_text())["schema"] == SCHEMA_VERSION
 
 
 @pytest.mark.slow

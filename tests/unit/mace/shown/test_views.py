@@ -130,7 +130,7 @@ def minutes(tmp_path_factory):
     results = with_rows(make_results(live, containers=2), windows=windows_of(live, START_NS + 333 * 10**9))
     fill(made, [results], "run-2", head=header("run-2"))
     newest = segments.listing(made, "ledger")[-1]
-    rewritten = pq.ParquetFile(newest.path).read()
+    rewritten = tables.from_stored(pq.ParquetFile(newest.path).read())
     closed = rewritten.schema.get_field_index("closed")
     rewritten = rewritten.set_column(closed, rewritten.schema.field(closed), pa.array([False] * len(rewritten)))
     newest.path.write_bytes(tables.encode(rewritten, "ledger"))
@@ -170,7 +170,7 @@ def test_windows_stand_for_rows_wherever_they_are_complete(minutes, tmp_path, si
     since = None if since_s is None else START_NS + since_s * 10**9
     before = histograms(StoreReader(copy).grouped(Filter(since_ns=since)))
     for each in segments.listing(copy, "delays"):
-        stored = pq.ParquetFile(each.path).read()
+        stored = tables.from_stored(pq.ParquetFile(each.path).read())
         ns = stored["time"].cast(pa.int64()).to_numpy()
         read = ns >= START_NS + 330 * 10**9
         if since is not None:
