@@ -26,11 +26,11 @@ COPY storage/ /opt/mace/app/storage/
 COPY bpf/ /opt/mace/app/bpf/
 COPY kmod/uapi/ /opt/mace/app/kmod/uapi/
 COPY setup.py /opt/mace/app/
-# Compile the extension, unless ./dev setup has compiled one that runs here. pip is removed afterwards, so nothing in the
+# Compile the extensions, unless ./dev setup has compiled ones that run here. pip is removed afterwards, so nothing in the
 # image can install anything.
 RUN set -eu; \
     cd /opt/mace/app; \
-    runs() { /opt/mace/bin/python -c 'from collector.compiled import loops'; }; \
+    runs() { /opt/mace/bin/python -c 'from collector.compiled import loops; from correlator.compiled import joiner'; }; \
     if ! runs 2>/dev/null; then \
         packages="gcc libc6-dev"; \
         [ -e "$(/opt/mace/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] \
@@ -40,7 +40,7 @@ RUN set -eu; \
         /opt/mace/bin/python setup.py --quiet build_ext --inplace --force; \
         runs; \
     fi; \
-    rm -rf setup.py build collector/compiled/*.c collector/compiled/*.h; \
+    rm -rf setup.py build c*/compiled/*.c c*/compiled/*.h; \
     /opt/mace/bin/python -m pip uninstall --yes --quiet pip setuptools
 # For the source bpf: build its programs, unless ./dev setup has built them, and copy the library that loads them. If
 # the base image lacks the tools and no package index is reachable, the image lacks the source bpf; all else works.

@@ -141,7 +141,7 @@ enum mace_walked {
  * @netns: inode of the device's namespace
  * @proc_stat: inode of /proc/PID/net/stat for each process PID in the namespace. Any user may query it
  * @ifindex: the device, from 1 on; 0 if this element describes no device
- * @peer_netns: inode of the namespace of @peer_ifindex
+ * @peer_netns: inode of the namespace of @peer_ifindex; of a VXLAN device that sends from another namespace, that one
  * @peer_ifindex: the other end of a veth or netkit pair, or 0
  * @lower_netns: inode of the namespace of @lower_ifindex
  * @lower_ifindex: the first of the devices below this one, or 0

@@ -25,6 +25,7 @@
 /* Names of kinds as the words that they are, filled up with zeros. */
 #define MACE_KIND_VETH 0x0000000068746576ULL
 #define MACE_KIND_NETKIT 0x000074696b74656eULL
+#define MACE_KIND_VXLAN 0x0000006e616c7876ULL
 
 #define MACE_NODE_OF(address, type, member) ((u64)(address) + bpf_core_field_offset(type, member))
 #define MACE_HOLDER_OF(node, type, member) \
@@ -87,19 +88,40 @@ static __always_inline bool mace_is_initial(const struct net *net)
 
 /* --- devices ---------------------------------------------------------------------- */
 
-/* Return the first word of a driver's private data, which in veth and netkit is the peer. */
-static __always_inline struct net_device *mace_first_of_private(const struct net_device *dev)
+static __always_inline const void *mace_private(const struct net_device *dev)
 {
 	u64 size = bpf_core_type_size(struct net_device);
-	struct net_device *first = NULL;
 
 	/* Since v6.11 a member: commit 13cabc47f8ae ("netdevice: define and allocate &net_device"). */
 	if (bpf_core_field_exists(dev->priv))
 		size = bpf_core_field_offset(struct net_device, priv);
 	else
 		size = (size + MACE_NETDEV_ALIGN - 1) & ~(u64)(MACE_NETDEV_ALIGN - 1);
-	bpf_probe_read_kernel(&first, sizeof(first), (const void *)((u64)dev + size));
+	return (const void *)((u64)dev + size);
+}
+
+/* Return the first word of a driver's private data, which in veth and netkit is the peer. */
+static __always_inline struct net_device *mace_first_of_private(const struct net_device *dev)
+{
+	struct net_device *first = NULL;
+
+	bpf_probe_read_kernel(&first, sizeof(first), mace_private(dev));
 	return first;
+}
+
+/* A VXLAN device that was moved still sends from the namespace in which it was made. */
+static __always_inline void mace_describe_tunnel(const struct net_device *dev,
+						 struct mace_netdev *netdev)
+{
+	const struct vxlan_dev *vxlan = mace_private(dev);
+	u32 sends_from;
+
+	if (*(const u64 *)netdev->kind != MACE_KIND_VXLAN ||
+	    !bpf_core_type_exists(struct vxlan_dev) || BPF_CORE_READ(vxlan, dev) != dev)
+		return;
+	sends_from = BPF_CORE_READ(vxlan, net, ns.inum);
+	if (sends_from != netdev->netns)
+		netdev->peer_netns = sends_from;
 }
 
 static __always_inline void mace_describe_peer(const struct net_device *dev,
@@ -156,6 +178,7 @@ static __always_inline void mace_describe(const struct net *net, const struct ne
 	if (kind)
 		bpf_probe_read_kernel_str(netdev->kind, sizeof(netdev->kind), kind);
 	mace_describe_peer(dev, netdev);
+	mace_describe_tunnel(dev, netdev);
 	mace_describe_neighbours(dev, netdev);
 }
 

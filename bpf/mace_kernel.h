@@ -66,6 +66,12 @@ struct net_device {
 	__u8 priv[0];
 } MACE_CORE;
 
+/* Private data of a VXLAN device. @net is the namespace in which its outer packets are. */
+struct vxlan_dev {
+	struct net_device *dev;
+	struct net *net;
+} MACE_CORE;
+
 struct nsproxy {
 	struct net *net_ns;
 } MACE_CORE;

@@ -46,12 +46,10 @@ class CaptureConfig:
 
     source: str = _key("auto", "Source of live records; `auto` chooses the best that can run here.", choices=SOURCES)
     ring_mib: int = _key(8, "Memory of the kernel's ring, MiB per CPU.", low=1, high=4096)
-    poll_ms: int = _key(
-        50, "Interval at which an ftrace ring that fills, and any other source's ring, is read, ms.", low=1, high=1000
-    )
+    poll_ms: int = _key(50, "Interval at which a ring that fills is read, ms.", low=1, high=1000)
     gather_ms: int = _key(
         500,
-        "Longest stay of records in an ftrace ring that neither fills nor sees a device change, ms.",
+        "Longest stay of records in a ring that neither fills nor sees a device change, ms.",
         low=1,
         high=1000,
     )

@@ -48,7 +48,8 @@ class Device:
     kind: str
     """rtnetlink's link kind (`veth`, `bridge`, `macvlan`, ...); `""` for hardware, `loopback` for lo."""
     peer_netns: int = 0
-    """veth, netkit: the peer's namespace inode. macvlan, ipvlan, vlan, vxlan: the namespace of the lower device."""
+    """veth, netkit: the peer's namespace inode. macvlan, ipvlan, vlan, vxlan: the namespace of the lower device.
+    A VXLAN device that was moved to another namespace: the namespace from which it sends."""
     peer_ifindex: int = 0
     """veth, netkit: the peer. macvlan, ipvlan, vlan, vxlan: the lower device. 0 where there is none."""
     master_ifindex: int = 0
@@ -196,15 +197,17 @@ def assign_roles(
     `outer` names the host's devices towards the network. Without `outer`, these are the devices of the host's namespace
     that a default route uses, or its hardware if there is no default route. A bridge among them is replaced by its
     hardware ports, which bridged and routed containers have in common. A device of another namespace that is paired
-    with, or stacked on, a device of the host is a container's inner device. Two exceptions are the far end of a test
-    network: the namespace of an outer device's peer, and the namespaces named in `remote_netns`. Devices of the
-    host and of the far end lose their container's name and id.
+    with, or stacked on, a device of the host is a container's inner device. The namespace in which Docker keeps an
+    overlay network's bridge and VXLAN device counts as the host's: the VXLAN device sends from there. Two exceptions
+    are the far end of a test network: the namespace of an outer device's peer, and the namespaces named in
+    `remote_netns`. Devices of the host and of the far end lose their container's name and id.
     """
     given = sorted(devices, key=_KEY)
     host = [d for d in given if d.netns == host_netns and d.kind != "loopback"]
     chosen = set(outer)
     outer_keys = {d.key for d in host if d.name in chosen} if chosen else _towards_network(host)
-    host_keys = {d.key for d in host}
+    overlays = _overlays(given)
+    host_keys = {d.key for d in host} | {d.key for d in given if overlays.get(d.netns) == host_netns}
     far = set(remote_netns)
 
     remote = {d.netns for d in given if d.netns_name in far and d.netns != host_netns} | {
@@ -218,9 +221,9 @@ def assign_roles(
             return Role.LOOPBACK
         if d.key in outer_keys:
             return Role.OUTER
-        if d.netns == host_netns:
+        if d.netns == host_netns or overlays.get(d.netns) == host_netns:
             return Role.HOST
-        if d.netns in remote:
+        if d.netns in remote or overlays.get(d.netns) in remote:
             return Role.REMOTE
         if (d.peer_netns, d.peer_ifindex) in host_keys and d.kind in PAIRS | _STACKED:
             return Role.INNER
@@ -228,7 +231,7 @@ def assign_roles(
 
     def assigned(d: Device) -> Device:
         its_role = role(d)
-        nobodys = d.netns in remote or d.netns == host_netns
+        nobodys = its_role in (Role.HOST, Role.OUTER, Role.REMOTE) or d.netns in remote or d.netns == host_netns
         called = ("", "", "") if nobodys else (d.container, d.container_id, d.pod_containers)
         if its_role is d.role and called == (d.container, d.container_id, d.pod_containers):
             return d
@@ -252,6 +255,21 @@ def assign_roles(
         )
 
     return tuple(map(assigned, given))
+
+
+def _overlays(devices: Iterable[Device]) -> dict[int, int]:
+    """Return namespaces that have bridges of overlay networks, each with the namespace from which its tunnel sends.
+
+    Docker makes a VXLAN device in the host's namespace, moves it into a namespace for the network, and makes it a port
+    of a bridge there. The device goes on to send from the host's namespace. No container is in the network's namespace,
+    so that nothing has a default route there.
+    """
+    routed = {d.netns for d in devices if d.default_route}
+    return {
+        d.netns: d.peer_netns
+        for d in devices
+        if d.kind == "vxlan" and d.master_ifindex and d.peer_netns not in (0, d.netns) and d.netns not in routed
+    }
 
 
 def _towards_network(host: Sequence[Device]) -> set[tuple[int, int]]:

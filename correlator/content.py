@@ -6,11 +6,12 @@ that module explains the rules.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Final
 
 import numpy as np
 
-from contracts.arrays import U64, Bytes, Ints, Mask
+from contracts.arrays import U64, Bytes, Ints
 from contracts.records import Batch, Flag
 from correlator.identity import CODE_BITS, OTHER_CONTENT
 from correlator.numbers import GRO, QUEUE, RECEIVE_SKB, XMIT
@@ -18,6 +19,10 @@ from correlator.numbers import GRO, QUEUE, RECEIVE_SKB, XMIT
 SEGMENTS: Final = 0x80
 """Bit of a record's traits: the buffer holds several segments, which will become packets or have been packets."""
 assert all(flag < SEGMENTS for flag in Flag)
+
+KINDS: Final = bytes((traits >= SEGMENTS) << 1 | bool(traits & Flag.TUNNEL) for traits in range(256))
+"""By a record's traits: the two bits on which it depends whether the key may change, `_SEVERAL` and `_TUNNEL`."""
+_TUNNEL, _SEVERAL = 1, 2
 
 
 def keys(batch: Batch) -> U64 | None:
@@ -58,39 +63,19 @@ def sequence(flow: U64) -> Ints:
     return (flow & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
-def changes(key: U64, joined: Mask) -> Ints:
-    """Return the indices of records whose key differs from the last key before them in their life.
+def changes(source: int, target: int, verdict: int) -> int:
+    """Return the kinds of records between which the key may change in a move, because the kernel changes the packet.
 
-    Both arrays are in buffer order; `joined` marks records that belong to the life of the record before them. Records
-    without a key are ignored.
+    `source`, `target` and `verdict` are those of `Resolver.judge`. Bit `before << 2 | now` of the result is set if the
+    key may change from a record with `KINDS` `before` to one with `now`.
     """
-    at: Ints = np.flatnonzero(joined[1:] & (key[1:] != 0) & (key[1:] != key[:-1])) + 1
-    passed_over = np.flatnonzero(key[at - 1] == 0)
-    if not len(passed_over):
-        return at
-    life, keyed = np.cumsum(~joined), np.flatnonzero(key)
-    here = at[passed_over]
-    # The first keyed record wraps to the last one, which fails the comparison of positions below.
-    before = keyed[np.searchsorted(keyed, here) - 1]
-    agree = (before >= here) | (life[before] != life[here]) | (key[before] == key[here])
-    return np.delete(at, passed_over[agree])
-
-
-def explained(at: Ints, places: Ints, moves: Ints, trait: Bytes) -> Mask:
-    """Return a mask of the records in `at` whose key changed because the kernel changes the packet in its buffer there.
-
-    `places` and `moves` (the move into each record) are as in `correlator.identity`, `trait` as in `traits`, all in
-    buffer order.
-    """
-    hook, hook_before = places[at] >> CODE_BITS, places[at - 1] >> CODE_BITS
-    now, then = trait[at], trait[at - 1]
-    # SEGMENTS is the highest bit, so that a comparison tests it.
-    several, were_several = now >= SEGMENTS, then >= SEGMENTS
-    joined_up = (hook_before == GRO) & (hook == RECEIVE_SKB) & several
-    taken_apart = (hook_before == QUEUE) & (hook == XMIT) & were_several & ~several
-    packed = hook == QUEUE
-    outer, inner = np.where(packed, now, then), np.where(packed, then, now)
-    readable = ((outer & Flag.TUNNEL) != 0) & ((inner & Flag.TUNNEL) == 0)
-    through_tunnel = ((moves[at] & OTHER_CONTENT) != 0) & ~readable
-    known: Mask = joined_up | taken_apart | through_tunnel
-    return known
+    hooks = source >> CODE_BITS, target >> CODE_BITS
+    found = 0
+    for before, now in product(range(4), repeat=2):
+        joined_up = hooks == (GRO, RECEIVE_SKB) and now & _SEVERAL
+        taken_apart = hooks == (QUEUE, XMIT) and before & _SEVERAL and not now & _SEVERAL
+        outer, inner = (now, before) if hooks[1] == QUEUE else (before, now)
+        readable = outer & _TUNNEL and not inner & _TUNNEL
+        through_tunnel = verdict & OTHER_CONTENT and not readable
+        found |= bool(joined_up or taken_apart or through_tunnel) << (before << 2 | now)
+    return found

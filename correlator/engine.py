@@ -1,49 +1,46 @@
 """Computes delays from records. Synchronous, without I/O, clock or tasks: the same records give the same results.
 
-    feed(item) ──► slice ──► group by buffer ──► join moves into lives ──► lives that ended ──► hops ──► delays
-                     ▲                                                │
-                     └──────────── lives still open, carried over ────┘
+    feed(item) ──► slice ──► record by record: join it to a life ──► lives that ended ──► delays ──► rows, windows
+                                  │  ▲                                   │  ▲
+                          can it follow? (identity)           where are its delays? (hops)
 
-The engine processes the stream in slices. A life that has not ended when its slice ends is carried into the next slice,
-with everything already decided about its records. The boundaries of slices and batches therefore change only when a row
-is returned. All steps work on whole arrays: a slice costs a few sorts and gathers.
+The engine processes the stream in slices. A life that has not ended when its slice ends stays open, with everything
+already decided about its records. The boundaries of slices and batches therefore change only when a row is returned.
+The loop over records is compiled (`correlator.lives`). It asks what a move and a path mean once for each that occurs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
-from contracts.arrays import Ints, Mask
+from contracts.arrays import Ints
 from contracts.cpus import StagePlace
 from contracts.ledger import Ledger
 from contracts.ordering import stable_order
 from contracts.protocols import TCP
 from contracts.records import Batch, Flag
 from contracts.results import Results, Rows, Totals
-from contracts.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Outcome
+from contracts.schema import NOT_TOLD, Crossings, Direction, Grades
 from contracts.timerange import check_from, check_times
 from contracts.topology import Device, Sharer, Topology
 from contracts.windowtable import WindowTable
 from correlator.content import ports, sequence
+from correlator.gaps import NO_GAPS, Gaps, few, of_markers
 from correlator.hops import Crossed
 from correlator.identity import Resolver
-from correlator.links import Links
-from correlator.lives import NEVER, NOTHING_OPEN, Lives, Records, join
-from correlator.memo import Memo
+from correlator.lives import Lives
 from correlator.neighbours import Asked
 from correlator.numbers import LOST
-from correlator.shapes import measure_all, measure_stages
+from correlator.records import NEVER, LifeTimes, Records
 from correlator.stages import StageCounts
 from correlator.state import EngineState, with_numbers
-from correlator.windows import Windows
+from correlator.windows import CODE, CODE_SHIFT, Windows
 
-_GRADES: Final = tuple(grade.name.lower() for grade in Grade)
-_DROPPED: Final = int(Outcome.DROPPED)
-"""Plain number, for comparing with arrays (see `correlator.numbers`)."""
+_NOT_CROSSED: Final = Crossed(0, 0, Direction.UNKNOWN, 0, 0, 0, 0, 0)
 _FEW: Final = 64
 """Number of records below which a slice's cost is mostly its fixed cost."""
 _SPARSE: Final = 256
@@ -52,9 +49,6 @@ Otherwise a stream with a second (or an hour) between records would have a slice
 kilobyte can have a million of them."""
 _GATHERED: Final = 4096
 """Records in a slice of a sparse stream."""
-_GAPS: Final = 4096
-"""Largest number of gaps remembered at a time. A ring reports one gap for each CPU and loss; beyond this number
-adjacent gaps are merged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,29 +106,43 @@ class Engine:
         self._sparse = 0
         """Number of consecutive slices of few records."""
         self._latest = -NEVER
-        self._open = NOTHING_OPEN
-        self._links = Links(self._resolver, config.link_ns, config.open_records // 4)
-        self._gaps: list[tuple[int, int]] = []
+        self._gaps = NO_GAPS
         self._asked = Asked()
-        self._gaps_to_tell: list[tuple[int, int]] = []
-        self._entries = Memo(self._new_entry)
+        self._gaps_to_tell: list[Gaps] = []
+        self._entries: dict[tuple[int, int], int] = {}
+        self._given: dict[tuple[int, int], int] = {}
+        """Number that the loop uses of each (device, inner device of the container whose packets cross it)."""
+        self._entry_of = np.zeros(0, np.int64)
+        """Index into `devices` by that number."""
         self._devices: list[Device] = []
         self._own: list[int] = []
         """For each of `_devices`, the index of the container's own device."""
-        self._stages = StageCounts(self._entries, self._own)
+        self._lives = Lives(
+            self._resolver,
+            self._number_given,
+            timeout_ns=config.timeout_ns,
+            link_ns=config.link_ns,
+            offset_ns=utc_offset_ns,
+            rows=config.rows,
+            crossings=config.crossings,
+            stages=config.stages,
+        )
+        self._stages = StageCounts(self._entry, self._own)
         self._owners: set[int] = set()
-        self._grades = dict.fromkeys((*_GRADES, "waited", "told_apart"), 0)
-        self._tally = dict.fromkeys(("records", "matched", "unmatched", "ambiguous", "expired", "dropped", "lost"), 0)
-        self._left = 0
-        """Single records without a partner that were still open when the stream ended."""
+        self._lost = 0
         self._began_ns: int | None = None
         self.open_peak = 0
         """Largest number of records of open lives that were carried."""
         if state is not None:
             self._resolver.restore(state.resolver)
-            self._open, self._gaps = state.open, list(state.gaps)
-            self._links.waiting, self._asked = state.waiting, state.asked.since(-NEVER)
+            self._lives.restore(state.open, state.waiting)
+            self._gaps = np.array(state.gaps, np.int64).reshape(-1, 2)
+            self._asked = state.asked.since(-NEVER)
             self._latest, self._began_ns = state.latest_ns, state.began_ns
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._collect_windows(None)
+        return self.__dict__.copy()
 
     def feed(self, item: Topology | Batch) -> list[Results]:
         """Process the next item of the stream and return the results that it completes, in order.
@@ -176,13 +184,13 @@ class Engine:
     def state(self, upto_ns: int) -> EngineState:
         """Return the state at a cut. The caller must have fed all records before `upto_ns` and called `stop_at`."""
         assert not self._waiting_records, "stop_at() first"
-        waiting = self._links.waiting
-        resolver, new = self._resolver.state(upto_ns, np.concatenate([self._open.number, waiting.number]))
+        opened, waiting = self._lives.open(), self._lives.waiting()
+        resolver, new = self._resolver.state(upto_ns, np.concatenate([opened.number, waiting.number]))
         return EngineState(
             resolver,
-            with_numbers(self._open, new),
+            with_numbers(opened, new),
             with_numbers(waiting, new),
-            self._still_parting(upto_ns),
+            [(start, end) for start, end in self._still_parting(upto_ns).tolist()],
             self._asked.since(self._nothing_before(upto_ns)),
             self._latest,
             self._began_ns,
@@ -191,7 +199,7 @@ class Engine:
     @property
     def held(self) -> tuple[int, int]:
         """Histogram cells of open windows, and number of devices: both grow with the stream; callers limit them."""
-        return self._windows.cells + self._stages.cells, len(self._resolver.devices)
+        return self._windows.cells + self._lives.numbers.cells + self._stages.cells, len(self._resolver.devices)
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -200,7 +208,7 @@ class Engine:
 
     def close_windows(self) -> WindowTable:
         """Return all open windows at a cut; the other engine returns the delays of the same windows after the cut."""
-        return self._windows.close(None)
+        return self._closed(None)
 
     def close_stages(self) -> tuple[WindowTable, tuple[StagePlace, ...]]:
         """Return all open counts of stages at a cut, and the places that they refer to."""
@@ -208,9 +216,7 @@ class Engine:
 
     def finish(self) -> Results:
         """Return the remaining results at the end of the stream. Buffers with a single record stay in flight."""
-        batch = Batch.concatenate(self._waiting)
-        self._waiting, self._waiting_records = [], 0
-        return self._work(batch, self._latest, last=True)
+        return self._slice(self._latest, last=True)
 
     # Slicing ------------------------------------------------------------------------------------------
 
@@ -252,54 +258,95 @@ class Engine:
             self._sparse = 0
 
     def _advance(self, upto_ns: int) -> list[Results]:
-        if not self._waiting_records and not len(self._open) and not len(self._links):
+        numbers = self._lives.numbers
+        if not self._waiting_records and not numbers.open_records and not numbers.loose_records:
             return []
         return [self._slice(max(upto_ns, self._latest))]
 
-    def _slice(self, upto_ns: int) -> Results:
-        batch = Batch.concatenate(self._waiting)
-        self._waiting, self._waiting_records = [], 0
-        return self._work(batch, upto_ns)
-
     # One slice ----------------------------------------------------------------------------------------
 
-    def _work(self, batch: Batch, upto_ns: int, *, last: bool = False) -> Results:
-        markers = batch.hook == LOST
-        if markers.any():
-            self._note_gaps(batch[markers])
-            batch = batch[~markers]
-        self._tally["records"] += len(batch)
-        if self._began_ns is None and len(batch):
-            # Packets under way when the capture began look like packets after a gap.
-            self._began_ns = int(batch.ts_ns[0])
-            self._gaps.insert(0, (-NEVER, self._began_ns))
-
-        self._asked.note(batch)
-        found: list[tuple[Delays, Crossings]] = []
-        if len(batch) or len(self._open):
-            new = Records.of(batch, flows=self._config.crossings, cpus=self._config.stages)
-            lives = join(self._open, new, self._resolver, self._gaps, self._config.timeout_ns)
-            self._grades["told_apart"] += lives.told_apart
-            ended = self._finish(lives, upto_ns, last=last)
-            found.append(self._measure(lives, ended & ~self._links.take(lives, ended)))
-        nothing_before = None if last else min(self._oldest_open(upto_ns), upto_ns)
-        if (linked := self._links.release(nothing_before, self._gaps)) is not None:
-            found.append(self._measure(linked, np.ones(len(linked.starts), np.bool_)))
-        delays = Delays.concatenate([rows for rows, _ in found])
-        crossings = Crossings.concatenate([rows for _, rows in found])
+    def _slice(self, upto_ns: int, *, last: bool = False) -> Results:
+        batches, self._waiting, self._waiting_records = self._waiting, [], 0
+        for batch in batches:
+            self._note(batch)
+        lives, config = self._lives, self._config
+        lives.add(batches, self._gaps, self._asked)
+        lives.end(upto_ns, config.open_records, config.open_records // 4, last=last)
+        self.open_peak = max(self.open_peak, lives.numbers.open_records)
+        self._number_entries()
+        delays, crossings = lives.rows(), Crossings.empty()
+        delays = replace(delays, device=self._entry_of[delays.device].astype(np.int32))
+        if config.crossings or config.stages:
+            times = lives.times()
+            if config.crossings:
+                crossings = self._crossings(times)
+            if config.stages:
+                self._stages.add(times, lives.answers.stages, self._offset_ns)
         self._gaps = self._still_parting(upto_ns)
         self._asked.forget(self._nothing_before(upto_ns))
-        told = tuple((start + self._offset_ns, end + self._offset_ns) for start, end in self._gaps_to_tell)
+        told = np.concatenate([NO_GAPS, *self._gaps_to_tell]) + self._offset_ns
         self._gaps_to_tell = []
         settled_utc_ns = None if last else self._settled(upto_ns) + self._offset_ns
-        windows, stages = self._windows.close(settled_utc_ns), self._stages.close(settled_utc_ns)
+        windows, stages = self._closed(settled_utc_ns), self._stages.close(settled_utc_ns)
         places = tuple(self._stages.places) if len(stages) else ()
-        rows = Rows(delays, windows, self.devices, crossings, told, stages, places)
-        return Results(rows, self.so_far(upto_ns))
+        gaps = tuple(zip(*told.T.tolist(), strict=True))
+        return Results(
+            Rows(delays, windows, self.devices, crossings, gaps, stages, places),
+            self.so_far(upto_ns),
+        )
+
+    def _note(self, batch: Batch) -> None:
+        """Note what is lost, where the stream begins, and which neighbours are asked for."""
+        markers = batch.hook == LOST
+        records = batch
+        if markers.any():
+            self._lost += batch[markers].lost
+            gaps = of_markers(batch[markers])
+            self._gaps_to_tell.append(gaps)
+            self._gaps = few(np.concatenate([self._gaps, gaps]))
+            records = batch[~markers]
+        if self._began_ns is None and len(records):
+            # Packets under way when the capture began look like packets after a gap.
+            self._began_ns = int(records.ts_ns[0])
+            self._gaps = np.concatenate([[(-NEVER, self._began_ns)], self._gaps])
+        self._asked.note(records)
+
+    def _number_given(self, number: int, owner: int) -> int:
+        """Return the loop's number of a device and the inner device of the container whose packets cross it."""
+        return self._given.setdefault((number, owner), len(self._given))
+
+    def _number_entries(self) -> None:
+        """Add to `devices` what the slice needs, in an order that does not depend on the order of its packets."""
+        known = len(self._entry_of)
+        if known < len(self._given):
+            new = list(self._given)[known:]
+            for key in sorted(new):
+                self._entry(*key)
+            self._entry_of = np.append(self._entry_of, [self._entries[key] for key in new])
+
+    def _collect_windows(self, before_utc_ns: int | None) -> None:
+        """Take the windows that end at or before a time (None: all) from the loop."""
+        windows, cells = self._lives.windows(before_utc_ns)
+        for table in (windows, cells):
+            device, rest = np.divmod(table[CODE], 1 << CODE_SHIFT)
+            table[CODE] = self._entry_of[device] * (1 << CODE_SHIFT) + rest
+        self._windows.add_tables(windows, cells)
+
+    def _closed(self, before_utc_ns: int | None) -> WindowTable:
+        self._collect_windows(before_utc_ns)
+        return self._windows.close(before_utc_ns)
 
     def so_far(self, upto_ns: int) -> Totals:
         """Return the totals of the run."""
-        grades = Grades(**self._grades | {"ambiguous": self._grades["ambiguous"] + self._links.ambiguous})
+        numbers = self._lives.numbers
+        grades = Grades(
+            ambiguous=numbers.several_devices + numbers.several_packets,
+            buffer=numbers.buffer,
+            content=numbers.content,
+            exact=numbers.exact,
+            waited=numbers.waited,
+            told_apart=numbers.told_apart,
+        )
         return Totals(
             upto_ns + self._offset_ns,
             self._ledger(),
@@ -307,139 +354,59 @@ class Engine:
             grades=grades,
             settled_utc_ns=self._settled(upto_ns) + self._offset_ns,
             present=self._present,
-            several_devices=self._grades["ambiguous"],
+            several_devices=numbers.several_devices,
             on_host_network=self._sharers,
         )
 
-    def _oldest_open(self, upto_ns: int) -> int:
-        """Return the time of the oldest record of an open life, or `upto_ns` without one."""
-        return int(self._open.records.ts.min()) if len(self._open) else upto_ns
-
     def _settled(self, upto_ns: int) -> int:
         """Return the time before which the results of all lives that began have been returned."""
-        return min(self._oldest_open(upto_ns), upto_ns, self._links.oldest_ns)
+        return min(upto_ns, self._lives.numbers.oldest_open_ns, self._lives.numbers.oldest_loose_ns)
 
-    def _still_parting(self, upto_ns: int) -> list[tuple[int, int]]:
+    def _still_parting(self, upto_ns: int) -> Gaps:
         """Return the gaps that can still lie between two records of one packet."""
-        return [gap for gap in self._gaps if gap[1] > self._nothing_before(upto_ns)]
+        return self._gaps[self._gaps[:, 1] > self._nothing_before(upto_ns)]
 
     def _nothing_before(self, upto_ns: int) -> int:
         """Return the time before which gaps and requests no longer matter to any packet."""
         return min(self._settled(upto_ns), upto_ns - self._config.timeout_ns)
 
     def _ledger(self) -> Ledger:
-        tally = self._tally | {"matched": self._tally["matched"] + self._links.spare}
-        return Ledger(**tally, in_flight=self._left + len(self._open) + len(self._links))
-
-    def _note_gaps(self, markers: Batch) -> None:
-        self._tally["lost"] += markers.lost
-        gaps = list(zip(markers.ts_ns.tolist(), markers.skb_id.astype(np.int64).tolist(), strict=True))
-        self._gaps_to_tell += gaps
-        self._gaps = _few(self._gaps + gaps)
-
-    def _finish(self, lives: Lives, upto_ns: int, *, last: bool) -> Mask:
-        """Carry the open lives, count lives of a single record, and return a mask of other lives that have ended."""
-        last_ns, single = lives.ts[lives.ends], lives.starts == lives.ends
-        idle = ~lives.reused & (last_ns < upto_ns - self._config.timeout_ns)
-        ended = lives.freed | lives.reused | idle | last
-        evicted = self._overfull(lives, last_ns, ended)
-        if last:
-            self._open = NOTHING_OPEN
-        else:
-            self._open = lives.still_open(~(ended | evicted))
-            self.open_peak = max(self.open_peak, len(self._open))
-
-        # A single record has no partner: it is expired, unmatched or in flight, by whether a partner could still
-        # follow.
-        expired = single & ~lives.freed & (idle | lives.late | evicted)
-        left = single & ~lives.freed & ~lives.reused & ~expired & last
-        unmatched = single & (ended | evicted) & ~expired & ~left
-        self._tally["expired"] += int(expired.sum())
-        self._tally["unmatched"] += int(unmatched.sum())
-        self._left += int(left.sum())
-        measured: Mask = (ended | evicted) & ~single
-        return measured
-
-    def _overfull(self, lives: Lives, last_ns: Ints, ended: Mask) -> Mask:
-        """Return a mask of lives to end early, longest idle first, so that at most `open_records` stay open."""
-        chosen = np.zeros(len(ended), np.bool_)
-        waiting = np.flatnonzero(~ended)
-        size = lives.size[waiting]
-        excess = int(size.sum()) - self._config.open_records
-        if excess > 0:
-            oldest = np.argsort(last_ns[waiting], kind="stable")
-            enough = int(np.searchsorted(np.cumsum(size[oldest]), excess)) + 1
-            chosen[waiting[oldest[:enough]]] = True
-        return chosen
-
-    def _measure(self, lives: Lives, ended: Mask) -> tuple[Delays, Crossings]:
-        """Count the lives in `ended`, add their delays to windows, and return their rows."""
-        if not ended.any():
-            return Delays.empty(), Crossings.empty()
-        waited = self._asked.waited(lives, ended)
-        if self._config.stages:
-            found, stages = measure_stages(lives, ended, self._resolver, crossings=self._config.crossings)
-            self._stages.add(lives, stages, waited, self._offset_ns)
-        else:
-            found = measure_all(lives, ended, self._resolver, crossings=self._config.crossings)
-        size = lives.size
-        dropped, unclear = found.dropped & ended, found.unclear & ended
-        self._tally["dropped"] += int(size[dropped].sum())
-        self._tally["ambiguous"] += int(size[unclear].sum())
-        self._tally["matched"] += int(size[ended & ~dropped & ~unclear].sum())
-        self._grades["ambiguous"] += int(unclear.sum())
-        self._grades["waited"] += int(waited[found.packets].sum())
-        counts = np.bincount(lives.grade[found.packets], minlength=len(_GRADES)).tolist()
-        for grade, count in zip(_GRADES, counts, strict=True):
-            self._grades[grade] += count
-        utc_ns = found.ts + self._offset_ns
-        device = self._entries((found.device << 32) | found.owner).astype(np.int32)
-        counted = ~waited[found.life] if waited.any() else slice(None)
-        self._windows.add(
-            utc_ns[counted],
-            device[counted],
-            found.direction[counted],
-            found.segment[counted],
-            found.delay[counted],
+        numbers = self._lives.numbers
+        return Ledger(
+            records=numbers.records,
+            matched=numbers.matched,
+            unmatched=numbers.unmatched,
+            ambiguous=numbers.ambiguous,
+            expired=numbers.expired,
+            dropped=numbers.dropped,
+            in_flight=numbers.left + numbers.open_records + numbers.loose_records,
+            lost=self._lost,
         )
-        crossings = Crossings.empty()
-        if self._config.crossings and found.crossed is not None:
-            crossings = self._crossings(lives, found.crossed)
-        if not self._config.rows:
-            return Delays.empty(), crossings
-        by_time = stable_order(utc_ns)
-        life = found.life[by_time]
-        delays = Delays(
-            utc_ns=utc_ns[by_time],
-            packet=lives.packet()[life],
-            device=device[by_time],
-            direction=found.direction[by_time],
-            segment=found.segment[by_time],
-            position=found.position[by_time],
-            delay_ns=found.delay[by_time],
-            l3_len=lives.length()[life],
-            grade=lives.grade[life],
-            outcome=found.outcome[life],
-            drop_reason=np.where(found.outcome == _DROPPED, lives.drop_reason(), np.uint16(0))[life],
-            waited=waited[life],
-        )
-        return delays, crossings
 
-    def _crossings(self, lives: Lives, crossed: Crossed) -> Crossings:
-        by_time = stable_order(crossed.inner)
-        life = crossed.life[by_time]
-        owner = crossed.owner[by_time]
-        proto, src, dst, seq = _told(lives.records[lives.order[crossed.at[by_time]]])
+    def _crossings(self, lives: LifeTimes) -> Crossings:
+        """Return the crossings of lives that were seen over a whole path, in the order of their times."""
+        of_shape = [shape.crossed for shape in self._lives.answers.measured]
+        has = np.array([crossed is not None for crossed in of_shape], np.bool_)
+        life = np.flatnonzero(has[lives.shape])
+        if not len(life):
+            return Crossings.empty()
+        table = np.array([crossed or _NOT_CROSSED for crossed in of_shape], np.int64)[lives.shape[life]]
+        owner, direction = table[:, 1], table[:, 2]
+        records = table[:, [0, 3, 4, 5, 6, 7]] + lives.start[life][:, None]
+        by_time = stable_order(lives.ts[records[:, 1]])
+        life, owner, direction, records = life[by_time], owner[by_time], direction[by_time], records[by_time]
+        inner, outer, inner_stamp, outer_stamp, outer_edge = lives.ts[records[:, 1:]].T + self._offset_ns
+        proto, src, dst, seq = _told(lives.records[records[:, 0]])
         return Crossings(
-            packet=lives.packet()[life],
-            device=self._entries((owner << 32) | owner).astype(np.int32),
-            direction=crossed.direction[by_time],
-            inner_utc_ns=crossed.inner[by_time] + self._offset_ns,
-            outer_utc_ns=crossed.outer[by_time] + self._offset_ns,
-            inner_stamp_utc_ns=crossed.inner_stamp[by_time] + self._offset_ns,
-            outer_stamp_utc_ns=crossed.outer_stamp[by_time] + self._offset_ns,
-            outer_edge_utc_ns=crossed.outer_edge[by_time] + self._offset_ns,
-            l3_len=lives.length()[life],
+            packet=lives.packet[life],
+            device=np.array([self._entry(number, number) for number in owner.tolist()], np.int32),
+            direction=direction.astype(np.uint8),
+            inner_utc_ns=inner,
+            outer_utc_ns=outer,
+            inner_stamp_utc_ns=inner_stamp,
+            outer_stamp_utc_ns=outer_stamp,
+            outer_edge_utc_ns=outer_edge,
+            l3_len=lives.length[life],
             grade=lives.grade[life],
             l4_proto=proto.astype(np.int16),
             l4_src=src.astype(np.int32),
@@ -447,31 +414,26 @@ class Engine:
             l4_seq=seq,
         )
 
-    def _new_entry(self, key: int) -> int:
-        """Add (device, inner device of the container whose packets cross it) to `devices`; return the index."""
-        number, owner = divmod(key, 1 << 32)
+    def _entry(self, number: int, owner: int) -> int:
+        """Return the index into `devices` of a device and the inner device of the container whose packet crosses it."""
+        key = number, owner
+        if key not in self._entries:
+            self._entries[key] = self._new_entry(number, owner)
+        return self._entries[key]
+
+    def _new_entry(self, number: int, owner: int) -> int:
         if owner not in self._owners:
             # The inner device and its peer determine the ranks of a path (`contracts.figures.ranks`). Adding both at
             # once makes ranks independent of which packets came first.
             self._owners.add(owner)
             for other in (owner, *self._resolver.beside(owner)):
                 if other != number:
-                    self._entries.of((other << 32) | owner)
-        self._own.append(len(self._devices) if number == owner else self._entries.of((owner << 32) | owner))
+                    self._entry(other, owner)
+        self._own.append(len(self._devices) if number == owner else self._entry(owner, owner))
         device, owning = self._resolver.devices[number], self._resolver.devices[owner]
         called = {name: getattr(owning, name) for name in ("container", "container_id", "pod_containers")}
         self._devices.append(replace(device, **called))
         return len(self._devices) - 1
-
-
-def _few(gaps: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the gaps in order, at most `_GAPS`; if there are more, adjacent gaps are merged."""
-    gaps.sort()
-    if len(gaps) <= _GAPS:
-        return gaps
-    starts, ends = np.array(gaps, np.int64).T
-    first = np.arange(0, len(gaps), -(-len(gaps) // _GAPS))
-    return list(zip(starts[first].tolist(), np.maximum.reduceat(ends, first).tolist(), strict=True))
 
 
 def _told(records: Records) -> tuple[Ints, Ints, Ints, Ints]:

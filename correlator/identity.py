@@ -101,7 +101,6 @@ import numpy.typing as npt
 
 from contracts.hooks import ALONG, HOOKS, LEAVING, Hook, Way
 from contracts.topology import PAIRS, Device, Role, Sighting, Topology
-from correlator.memo import Memo
 
 WAY: Final = np.zeros(256, np.uint8)
 """`Way` of each hook number."""
@@ -110,6 +109,8 @@ HAS_DEVICE: Final = np.zeros(256, np.bool_)
 for _info in HOOKS:
     WAY[_info.hook] = _info.way
     HAS_DEVICE[_info.hook] = _info.has_device
+WAYS: Final[list[int]] = WAY.tolist()
+"""`WAY` for single hooks."""
 
 TUNNELS: Final = frozenset(
     {"vxlan", "geneve", "gre", "gretap", "ip6gre", "ip6gretap", "ipip", "sit", "ip6tnl", "wireguard"}
@@ -153,19 +154,9 @@ _RANK: Final = {hook: rank for hooks in ALONG.values() for rank, hook in enumera
 
 
 def place(hook: npt.NDArray[np.uint8], dev: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
-    """Return hook and sighting of each record packed into one number, for `Resolver.moves`; int64, same shape."""
+    """Return hook and sighting of each record packed into one number, for `Resolver.judge`; int64, same shape."""
     places: npt.NDArray[np.int64] = (hook.astype(np.int64) << CODE_BITS) | dev
     return places
-
-
-def from_device(moves: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the device number of each move's first record if the move alone determines it, else -1."""
-    return (moves >> 32) - 1
-
-
-def to_device(moves: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the device number of each move's second record if the move alone determines it, else -1."""
-    return ((moves >> 8) & 0xFFFFFF) - 1
 
 
 class Candidates:
@@ -182,7 +173,8 @@ class Candidates:
         """Return the candidates that could exchange a packet with `other`.
 
         The selection avoids trying all of them: a thousand containers have an eth0. A move stays in one namespace,
-        leads to a peer, or leads between two devices with the same peer (moves to `ip_rcv` excepted, whose records
+        leads to a peer, leads between a tunnel and the namespace that it sends from, or leads between two devices with
+        the same peer (moves to `ip_rcv` excepted, whose records
         have one candidate). If there is one candidate, or `other` is unknown, all candidates are returned.
         """
         if len(self.numbers) == 1 or other.kind == UNKNOWN:
@@ -191,14 +183,23 @@ class Candidates:
             self._by_relation = {}
             for number in self.numbers:
                 device = self._devices[number]
-                for relation in {(device.netns,), device.key, (*_peer(device), 0)}:
+                for relation in {(device.netns,), (_sends_from(device),), device.key, (*_peer(device), 0)}:
                     self._by_relation.setdefault(relation, []).append(number)
-        wanted = ((other.netns,), _peer(other), (*other.key, 0), (*_peer(other), 0))
+        wanted = ((other.netns,), (_sends_from(other),), _peer(other), (*other.key, 0), (*_peer(other), 0))
         return dict.fromkeys(n for relation in wanted for n in self._by_relation.get(relation, ()))
 
 
 def _peer(device: Device) -> tuple[int, int]:
     return device.peer_netns, device.peer_ifindex
+
+
+def _sends_from(device: Device) -> int:
+    """Return the namespace in which a tunnel's outer packets are; any other device's own.
+
+    A tunnel that was moved to another namespace, as that of a Docker overlay network, still sends from the namespace in
+    which it was made (`vxlan->net`, `tunnel->net`).
+    """
+    return device.peer_netns if device.kind in TUNNELS and device.peer_netns else device.netns
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +262,8 @@ class Resolver:
         array has one entry if there is no device."""
         self.role = np.full(1, ROLES.index(Role.OTHER), np.uint8)
         """By device number: index into `ROLES`. The array has one entry if there is no device."""
-        self._moves = Memo(self._judged)
+        self.looked_up = 0
+        """Number of times that anything known of moves and devices has changed."""
 
     def state(self, upto_ns: int, also: npt.NDArray[np.int64]) -> tuple[ResolverState, npt.NDArray[np.int64]]:
         """Return the state for records from `upto_ns` on, and an array: number here -> number in the state, or -1.
@@ -350,7 +352,7 @@ class Resolver:
         self.only = np.array(only, np.int64)
         self._tried = 0
         self._describe()
-        self._moves.forget()
+        self.looked_up += 1
 
     def _newest(self, numbers: Iterable[int]) -> tuple[int, ...]:
         """Return `numbers` without old descriptions of devices that are still present under a new one."""
@@ -382,24 +384,17 @@ class Resolver:
                     serves[number] = inner[-1]
         self.serves = serves
 
-    def moves(
-        self, source: npt.NDArray[np.int64], target: npt.NDArray[np.int64], asked: npt.NDArray[np.bool_]
-    ) -> npt.NDArray[np.int64]:
-        """Return the verdict on each move from a `place` in `source` to one in `target`; int64 arrays of one length.
+    def judge(self, source: int, target: int) -> tuple[int, int, int]:
+        """Return the verdict on the move from one `place` to another.
 
-        The lowest bits are flags (JOIN, CROSS, ...); `from_device` and `to_device` read the rest. 0 where not `asked`.
+        The verdict is flags (JOIN, CROSS, ...), and the device numbers of the first and the second record if the move
+        alone determines them, else -1.
         """
-        # The key 0 is a move between places of no hook, which no record makes.
-        return self._moves(((source << (CODE_BITS + 4)) | target) * asked)
-
-    def _judged(self, key: int) -> int:
-        source, target = divmod(key, 1 << (CODE_BITS + 4))
-        if not WAY[source >> CODE_BITS] or not WAY[target >> CODE_BITS]:
-            return 0  # an unknown hook
-        flags, first, second = self._judge(
-            Hook(source >> CODE_BITS), source & (CODES - 1), Hook(target >> CODE_BITS), target & (CODES - 1)
-        )
-        return ((first + 1) << 32) | ((second + 1) << 8) | flags
+        hook_p, code_p = divmod(source, CODES)
+        hook_n, code_n = divmod(target, CODES)
+        if not WAYS[hook_p] or not WAYS[hook_n]:
+            return 0, -1, -1  # an unknown hook
+        return self._judge(Hook(hook_p), code_p, Hook(hook_n), code_n)
 
     def start(self, dev: int) -> int:
         """Return the device number of a sighting at which a life starts with a reception, or -1; not one of a pair."""
@@ -506,7 +501,9 @@ def _can_cross(way_p: int, a: Device, hook_n: Hook, b: Device) -> bool:
             )
             return (a.kind == "loopback" and a == b) or siblings
         return a != b and (
-            (same_netns and b.master_ifindex == a.ifindex) or under or (a.kind in TUNNELS and same_netns)
+            (same_netns and b.master_ifindex == a.ifindex)
+            or under
+            or (a.kind in TUNNELS and b.netns in (a.netns, _sends_from(a)))
         )
     if way_n == Way.TRANSMIT:
         return same_netns and (a != b or a.kind == "bridge")
@@ -515,4 +512,4 @@ def _can_cross(way_p: int, a: Device, hook_n: Hook, b: Device) -> bool:
     if hook_n is Hook.IP_RCV:
         # tc can put a packet on the inner end of any pair whose outer end is in the packet's namespace.
         return a != b and (same_netns or over or (b.kind in PAIRS and b.peer_netns == a.netns))
-    return a != b and same_netns and b.kind in TUNNELS
+    return a != b and b.kind in TUNNELS and a.netns in (b.netns, _sends_from(b))

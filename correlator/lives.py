@@ -1,370 +1,238 @@
-"""Divides records into lives of kernel buffers, by the moves of `correlator.identity`.
+"""The lives of one stream: the compiled loop that joins records into lives and measures them, and its state as columns.
 
-Records are brought into *buffer order*: grouped by buffer, in order of time within each. A life is then a run of
-records, described by arrays with one element per record or per life.
+Open lives stay inside the loop from one slice to the next. `Open` and `LooseEnds` are made for checkpoints alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from contracts.arrays import U64, Ints, Mask
-from contracts.ordering import GOLDEN, grouped
+from contracts.hooks import Way
 from contracts.records import Batch
-from contracts.schema import Grade
-from correlator import content
-from correlator.content import changes, explained, keys, traits
-from correlator.identity import (
-    CODE_BITS,
-    CODES,
-    COPIED_BEHIND,
-    CROSS,
-    HAS_DEVICE,
-    JOIN,
-    SAME_LENGTH,
-    WAY,
-    WHOLE_COPY,
-    Resolver,
-    from_device,
-    place,
-    to_device,
-)
-from correlator.numbers import DROP, END, RECEIVE
+from contracts.schema import Delays
+from correlator.answers import TABLES, Answers
+from correlator.compiled.joiner import Joiner
+from correlator.content import flows, keys, traits
+from correlator.gaps import Gaps, disjoint
+from correlator.identity import CODE_BITS, CODES, WAY, Resolver
+from correlator.links import LooseEnds
+from correlator.neighbours import Asked
+from correlator.records import LifeTimes, Open, Records
 
-Gaps = Sequence[tuple[int, int]]
-"""Stretches of time, (start, end) in ns, in which some CPU's ring lost records."""
-
-NEVER: Final = np.iinfo(np.int64).max
-_COPIED: Final = np.isin(np.arange(max(COPIED_BEHIND) + 2), COPIED_BEHIND)
-"""Whether a number of bytes is in COPIED_BEHIND; all other numbers are clipped to the last entry (index -1)."""
-_OPTIONAL: Final[dict[str, Any]] = {
-    "key": np.uint64,
-    "trait": np.uint8,
-    "flow": np.uint64,
-    "proto": np.uint8,
-    "cpu": np.uint16,
-}
-"""The optional columns of `Records`."""
+_MOST_LEARNED: Final = 1 << 20
+"""Numbers in the learned tables beyond which all is forgotten, some 20 MiB. A host with a thousand containers has a
+tenth of it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Records:
-    """The columns that the engine keeps of records, in order of time."""
+class Numbers(NamedTuple):
+    """Counts since the stream's beginning, and what the loop holds at the end of a slice."""
 
-    ts: Ints
-    skb: U64
-    place: Ints
-    """Hook and sighting, as `correlator.identity.place` packs them."""
-    length: npt.NDArray[np.uint32]
-    """Bytes; at a drop `Batch.drop_reason` instead, because the length at a drop is not needed."""
-    key: U64 | None = None
-    """Content keys, 0 if unknown; None if no record has one."""
-    trait: npt.NDArray[np.uint8] | None = None
-    """`correlator.content.traits`; None if `key` is None."""
-    flow: U64 | None = None
-    """`correlator.content.flows`; None if they are not needed, or `key` is None."""
-    proto: npt.NDArray[np.uint8] | None = None
-    """IP protocol number, 0 if none; None if `flow` is None."""
-    cpu: npt.NDArray[np.uint16] | None = None
-    """CPU of each record; None if it is not needed."""
-
-    def __len__(self) -> int:
-        return len(self.ts)
-
-    @classmethod
-    def of(cls, batch: Batch, *, flows: bool = False, cpus: bool = False) -> Records:
-        """Make the records of a batch, which has no markers.
-
-        `flows` includes the columns `flow` and `proto`, `cpus` the column `cpu`.
-        """
-        dev = batch.dev
-        if batch.content is not None:
-            # At a delivery or an end, `dev` may be an earlier device of the packet (RECALLED): clear it.
-            dev = dev * HAS_DEVICE.take(batch.hook)
-        length = batch.l3_len
-        if batch.drop_reason.any():
-            length = np.where(batch.hook == DROP, batch.drop_reason, length)
-        flow, proto = content.flows(batch) if flows else (None, None)
-        return cls(
-            batch.ts_ns,
-            batch.skb_id,
-            place(batch.hook, dev),
-            length,
-            keys(batch),
-            traits(batch),
-            flow,
-            proto,
-            batch.cpu if cpus else None,
-        )
-
-    def __add__(self, later: Records) -> Records:
-        if not len(self):
-            return later
-        names = [f.name for f in fields(self)]
-        absent = [name for name in _OPTIONAL if getattr(self, name) is None and getattr(later, name) is None]
-        return Records(
-            **{name: np.concatenate([self.column(name), later.column(name)]) for name in names if name not in absent}
-        )
-
-    def __getitem__(self, index: Ints) -> Records:
-        """Return the records at `index`."""
-        given = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return Records(**{name: column[index] for name, column in given if column is not None})
-
-    def column(self, name: str) -> npt.NDArray[Any]:
-        """Return a column, zeros if it is absent."""
-        column = getattr(self, name)
-        return np.zeros(len(self), _OPTIONAL[name]) if column is None else column
-
-
-@dataclass(frozen=True, slots=True)
-class Open:
-    """Records of lives that have not ended, with the results so far."""
-
-    records: Records
-    number: Ints
-    """Device numbers, as in `Lives`."""
-    cross: Mask
-    """Whether each record is the first on its device, as in `Lives`."""
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-
-NOTHING_OPEN: Final = Open(Records.of(Batch.empty()), np.zeros(0, np.int64), np.zeros(0, np.bool_))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Paths:
-    """The paths of lives: arrays with one element per record, in buffer order, and arrays with one per life."""
-
-    ts: Ints
-    place: Ints
-    number: Ints
-    """Device number of each record; -1: no device or unknown; -2: moves disagree."""
-    cross: Mask
-    """Whether each record is the first on its device."""
-    life: Ints
-    """Index of each record's life."""
-
-    starts: Ints
-    ends: Ints
-    """Index of each life's last record."""
-    freed: Mask
-    """Whether each life's last record is the buffer's end."""
-
-    @property
-    def size(self) -> Ints:
-        """Number of records of each life."""
-        return self.ends - self.starts + 1
-
-    def numbered(self, which: Ints) -> Paths:
-        """Return the lives `which`, with each record's index in its life, from 0, in place of its time."""
-        size = self.size[which]
-        ends = np.cumsum(size) - 1
-        starts = ends - size + 1
-        position = np.arange(int(size.sum())) - np.repeat(starts, size)
-        index = laid_out(self.starts[which], size)
-        return Paths(
-            ts=position,
-            place=self.place[index],
-            number=self.number[index],
-            cross=self.cross[index],
-            life=np.repeat(np.arange(len(which)), size),
-            starts=starts,
-            ends=ends,
-            freed=self.freed[which],
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lives(Paths):
-    """Lives: their paths, records, and the evidence that each is of one packet."""
-
-    records: Records
-    """Records in order of time; `order` is the index into them of each record in buffer order."""
-    order: Ints
-    reused: Mask
-    """Whether another life of the same buffer follows."""
-    late: Mask
-    """Whether that life follows after the timeout, so that no partner could have followed in time."""
-    grade: npt.NDArray[np.uint8]
-    """`contracts.schema.Grade`: EXACT, BUFFER or CONTENT."""
+    records: int
+    matched: int
+    unmatched: int
+    ambiguous: int
+    expired: int
+    dropped: int
+    left: int
+    """Single records without a partner that were still open when the stream ended."""
     told_apart: int
-    """Number of lives that the content key alone ended in this step."""
-
-    def packet(self) -> U64:
-        """Return an identifier for each life that depends on its first record only."""
-        return named(self.records[self.order[self.starts]])
-
-    def length(self) -> npt.NDArray[np.uint32]:
-        """Return the length at each life's first record, bytes."""
-        return self.records.length[self.order[self.starts]]
-
-    def drop_reason(self) -> npt.NDArray[np.uint16]:
-        """Return the drop reason at each life's end; meaningless for a life that does not end with a drop."""
-        return self.records.length[self.order[self.ends]].astype(np.uint16)
-
-    def still_open(self, which: Mask) -> Open:
-        """Return the records of the lives in `which`, back in order of time."""
-        first, size = self.starts[which], self.size[which]
-        if not len(first):
-            return NOTHING_OPEN
-        kept = laid_out(first, size)
-        kept = kept[np.argsort(self.order[kept])]
-        return Open(self.records[self.order[kept]], self.number[kept], self.cross[kept])
-
-
-def laid_out(starts: Ints, size: Ints) -> Ints:
-    """Return the concatenated indices of stretches that begin at `starts` and are `size` long."""
-    index: Ints = np.arange(int(size.sum())) + np.repeat(starts - (np.cumsum(size) - size), size)
-    return index
+    """Lives that the content key alone ended."""
+    several_devices: int
+    """Lives with a device that has several candidates."""
+    buffer: int
+    """Lives with rows, by `contracts.schema.Grade`: this one and the two below."""
+    content: int
+    exact: int
+    waited: int
+    """Lives with rows that waited for a neighbour's address."""
+    several_packets: int
+    """Tails with a head of the same key that have several candidates."""
+    open_records: int = 0
+    """Records of open lives."""
+    loose_records: int = 0
+    """Records of lives that wait for another buffer's."""
+    oldest_open_ns: int = np.iinfo(np.int64).max
+    """Time of the oldest record of an open life, or the largest number."""
+    oldest_loose_ns: int = np.iinfo(np.int64).max
+    cells: int = 0
+    """Histogram cells of open windows."""
+    learned: int = 0
+    """Size of the learned tables."""
 
 
-def named(first: Records) -> U64:
-    """Return the identifier of the life that begins with each of these records."""
-    mixed = first.skb ^ (first.ts.view(np.uint64) * GOLDEN)
-    mixed ^= mixed >> np.uint64(32)
-    names: U64 = mixed * np.uint64(0xD6E8FEB86659FD93)
-    return names
+NO_NUMBERS: Final = Numbers(*[0] * 14)
+_COUNTS: Final = 14
 
 
-def join(carried: Open, new: Records, resolver: Resolver, gaps: Gaps, timeout_ns: int) -> Lives:
-    """Divide the records of each buffer into lives.
+class Lives:
+    """The compiled loop and what it asks. Can be pickled with what is open."""
 
-    The records of `carried` stay joined as they are; the records of `new` follow them in time. There must be at least
-    one record.
-    """
-    records = carried.records + new
-    order, same = grouped(records.skb)
-    ts, places = records.ts[order], records.place[order]
-    number = resolver.only[places & (CODES - 1)]
-    old = order < len(carried)
-    judged = same & ~old
+    def __init__(
+        self,
+        resolver: Resolver,
+        entry: Callable[[int, int], int],
+        *,
+        timeout_ns: int,
+        link_ns: int,
+        offset_ns: int,
+        rows: bool,
+        crossings: bool,
+        stages: bool,
+    ) -> None:
+        """`entry` returns the index into `Rows.devices` of a device and the inner device that it serves."""
+        self._resolver = resolver
+        self.answers = Answers(resolver, entry, with_stages=stages)
+        self._times = timeout_ns, link_ns, offset_ns
+        self._rows, self._crossings, self._stages = rows, crossings, stages
+        self._learned_at = -1
+        self._before = NO_NUMBERS
+        """Numbers of the joiner that went before this one."""
+        self.numbers = NO_NUMBERS
+        self._begin()
 
-    moves = np.zeros(len(order), np.int64)
-    moves[1:] = resolver.moves(places[:-1], places[1:], judged[1:])
-    joined = (moves & JOIN) != 0
-    by_length = np.flatnonzero(moves & (SAME_LENGTH | WHOLE_COPY))
-    less = records.length[order[by_length - 1]].astype(np.int64) - records.length[order[by_length]]
-    routed = (moves[by_length] & SAME_LENGTH) != 0
-    whole = _COPIED[np.maximum(np.minimum(less, len(_COPIED) - 1), -1)]
-    joined[by_length] &= np.where(routed, less == 0, whole)
-    joined[1:] &= ts[1:] - ts[:-1] <= timeout_ns
-    if gaps:
-        joined[1:] &= ~spans_gap(gaps, ts[:-1], ts[1:])
-    if len(carried):
-        joined |= same & old
-    key = None if records.key is None else records.key[order]
-    told_apart, other_content = _part(records, key, order, joined, judged, places, moves)
-    cross = ((moves & CROSS) != 0) | ~joined
-    if len(carried):
-        at = np.flatnonzero(old)
-        number[at], cross[at] = carried.number[order[at]], carried.cross[order[at]]
+    def _begin(self) -> None:
+        asked = self.answers
+        self._joiner = Joiner(
+            TABLES,
+            self._times,
+            (self._rows, self._crossings or self._stages),
+            (asked.judge, asked.start, asked.passes, asked.shape),
+        )
+        self._learned_at = -1
 
-    unsure = number == -1
-    if unsure.any():
-        told = np.flatnonzero(unsure & joined & judged)
-        _tell(number, told, to_device(moves[told]))
-        told = np.flatnonzero(unsure[:-1] & joined[1:] & judged[1:])
-        _tell(number, told, from_device(moves[told + 1]))
-        _tell_starts(number, np.flatnonzero(unsure & ~joined & ~old), places, ts, resolver, gaps, timeout_ns)
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state with open lives as columns; the caller must have taken all windows."""
+        kept = {name: value for name, value in self.__dict__.items() if name != "_joiner"}
+        return kept | {"saved": (self.open(), self.waiting())}
 
-    starts = np.flatnonzero(~joined)
-    ends = np.append(starts[1:], len(order)) - 1
-    reused = np.append(same[starts[1:]], False)
-    waited = np.append(ts[starts[1:]] - ts[ends[:-1]] > timeout_ns, False)
-    life = np.cumsum(~joined) - 1
-    return Lives(
-        records=records,
-        order=order,
-        ts=ts,
-        place=places,
-        number=number,
-        cross=cross,
-        life=life,
-        starts=starts,
-        ends=ends,
-        freed=WAY[places[ends] >> CODE_BITS] == END,
-        reused=reused,
-        late=reused & waited,
-        grade=_graded(records, key, order, starts, life[other_content]),
-        told_apart=told_apart,
-    )
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        opened, waiting = state.pop("saved")
+        self.__dict__.update(state)
+        self._before = self.numbers
+        self._begin()
+        self.restore(opened, waiting)
+
+    def add(self, batches: list[Batch], gaps: Gaps, asked: Asked) -> None:
+        """Add the records of a slice, in which all records before a time are; markers are passed over."""
+        if self._learned_at != self._resolver.looked_up or self.numbers.learned > _MOST_LEARNED:
+            self._joiner.forget(self._resolver.only)
+            self.answers.forget()
+            self._learned_at = self._resolver.looked_up
+        self._joiner.begin(*disjoint(gaps), *asked.by_device())
+        for batch in batches:
+            flow, proto = flows(batch) if self._crossings else (None, None)
+            columns = (
+                *(batch.ts_ns, batch.skb_id, batch.hook, batch.dev, batch.l3_len, batch.drop_reason),
+                *(keys(batch), traits(batch), flow, proto, batch.cpu if self._stages else None),
+            )
+            self._joiner.add(tuple(None if column is None else np.ascontiguousarray(column) for column in columns))
+
+    def end(self, upto_ns: int, open_records: int, loose_records: int, *, last: bool) -> None:
+        """End a slice: end idle lives, all lives if it is the `last`, and the oldest if too many records wait."""
+        told = np.frombuffer(self._joiner.end(upto_ns, last, open_records, loose_records), np.int64).tolist()
+        counts = (before + now for before, now in zip(self._before, told[:_COUNTS], strict=False))
+        self.numbers = Numbers(*counts, *told[_COUNTS:])
+
+    def rows(self) -> Delays:
+        """Return the rows since the last call: in order of time, and then those of lives that had waited likewise."""
+        if not self._rows:
+            return Delays.empty()
+        return Delays(*map(np.frombuffer, self._joiner.rows(), Delays._DTYPES.values()))
+
+    def windows(self, before_utc_ns: int | None) -> tuple[Ints, Ints]:
+        """Return the windows that end at or before a time (None: all) and their cells, for `Windows.add_tables`."""
+        windows, cells = (np.frombuffer(table, np.int64) for table in self._joiner.windows(before_utc_ns))
+        return windows.reshape(6, -1), cells.reshape(4, -1)
+
+    def times(self) -> LifeTimes:
+        """Return the lives with rows since the last call; they are kept if crossings or stages are wanted."""
+        columns, lives = self._joiner.measured()
+        shape, packet, size, length, grade, waited = _arrays(lives, "u4", "u8", "i8", "u4", "u1", "?")
+        records, _, _ = self._records(columns, np.zeros(len(columns[0]) // 8, np.uint64))
+        start = np.cumsum(size) - size
+        return LifeTimes(shape.astype(np.int64), packet, start, length, grade, waited, records.ts, records)
+
+    # State ----------------------------------------------------------------------------------------------
+
+    def open(self) -> Open:
+        """Return the records of open lives, in order of time; records of one time are ordered by buffer."""
+        columns, lives = self._joiner.open()
+        skb, size = _arrays(lives, "u8", "i8")
+        records, number, cross = self._records(columns, np.repeat(skb, size))
+        order = np.lexsort((np.arange(len(number)), records.skb, records.ts))
+        return Open(records[order], number[order], cross[order])
+
+    def waiting(self) -> LooseEnds:
+        """Return the lives that wait for another buffer's."""
+        columns, lives = self._joiner.loose()
+        skb, size, head, end, grade = _arrays(lives, "u8", "i8", "?", "i8", "u1")
+        records, number, cross = self._records(columns, np.repeat(skb, size))
+        start = np.cumsum(size) - size
+        return LooseEnds(
+            records=records,
+            number=number,
+            cross=cross,
+            size=size,
+            key=records.column("key")[start + end],
+            at_ns=records.ts[start + end],
+            first_ns=records.ts[start],
+            head=head,
+            end=end,
+            freed=WAY[records.place[start + size - 1] >> CODE_BITS] == Way.END,
+            grade=grade,
+        )
+
+    def restore(self, opened: Open, waiting: LooseEnds) -> None:
+        """Continue with the lives of a state; there must be none yet."""
+        begin = 0
+        for size, head, end, grade in zip(
+            waiting.size.tolist(), waiting.head.tolist(), waiting.end.tolist(), waiting.grade.tolist(), strict=True
+        ):
+            life = np.arange(begin, begin + size)
+            records = waiting.records[life]
+            self._restore(records, waiting.number[life], waiting.cross[life])
+            self._joiner.loosen(int(records.skb[0]), end, head, grade)
+            begin += size
+        self._restore(opened.records, opened.number, opened.cross)
+        self.numbers = self.numbers._replace(
+            open_records=len(opened),
+            loose_records=len(waiting.records),
+            oldest_open_ns=int(opened.records.ts.min()) if len(opened) else NO_NUMBERS.oldest_open_ns,
+            oldest_loose_ns=int(waiting.first_ns.min()) if len(waiting.size) else NO_NUMBERS.oldest_loose_ns,
+        )
+
+    def _restore(self, records: Records, number: Ints, cross: Mask) -> None:
+        hook, dev = (records.place >> CODE_BITS).astype(np.uint8), (records.place & (CODES - 1)).astype(np.uint32)
+        columns = (
+            *(records.ts, records.skb, hook, dev, records.length, None),
+            *(records.key, records.trait, records.flow, records.proto, records.cpu, number, cross),
+        )
+        self._joiner.restore(tuple(None if column is None else np.ascontiguousarray(column) for column in columns))
+
+    def _records(self, columns: tuple[bytearray, ...], skb: U64) -> tuple[Records, Ints, Mask]:
+        """Return records, device numbers and `cross`; optional columns are absent as in a state."""
+        ts, place, length, cpu, trait, proto, key, flow, number, cross = _arrays(
+            columns, "i8", "i8", "u4", "u2", "u1", "u1", "u8", "u8", "i8", "?"
+        )
+        read, flows_read = bool(key.any() or trait.any()), self._crossings and bool(flow.any() or proto.any())
+        records = Records(
+            ts,
+            skb,
+            place,
+            length,
+            key if read else None,
+            trait if read else None,
+            flow if flows_read else None,
+            proto if flows_read else None,
+            cpu if self._stages else None,
+        )
+        return records, number, cross
 
 
-def _part(
-    records: Records, key: U64 | None, order: Ints, joined: Mask, judged: Mask, places: Ints, moves: Ints
-) -> tuple[int, Ints]:
-    """Clear `joined` at records whose key shows another packet.
-
-    Returns the number of such records, and the indices of records at which the key changed for a known reason. `key` is
-    in buffer order.
-    """
-    if key is None or records.trait is None:
-        return 0, np.zeros(0, np.int64)
-    at = changes(key, joined)
-    if not len(at):
-        return 0, at
-    # Changes of the key inside carried lives were explained in an earlier step.
-    same_packet = ~judged[at] | explained(at, places, moves, records.trait[order])
-    joined[at[~same_packet]] = False
-    return len(at) - int(same_packet.sum()), at[same_packet]
-
-
-def _graded(records: Records, key: U64 | None, order: Ints, starts: Ints, other_content: Ints) -> npt.NDArray[np.uint8]:
-    """Return the grades of the lives that begin at `starts`.
-
-    `other_content` are lives in which the key changed for a known reason. `key` is in buffer order.
-    """
-    grade = np.full(len(starts), Grade.BUFFER, np.uint8)
-    if key is not None:
-        # If every record has a key, the number of keys is the number of records and need not be counted.
-        keyed = np.diff(starts, append=len(key)) if key.all() else np.add.reduceat(key != 0, starts, dtype=np.int64)
-        grade[keyed > 1] = Grade.EXACT
-        # A source without kernel buffers uses the content key as `skb_id`.
-        of_content = records.skb[order[starts]] == key[starts]
-        grade[(keyed > 1) & of_content] = Grade.CONTENT
-        grade[other_content] = Grade.BUFFER
-    return grade
-
-
-def spans_gap(gaps: Gaps, after_ns: Ints, before_ns: Ints) -> Mask:
-    """Return, for each pair of times, whether records were lost between them."""
-    if not gaps:
-        return np.zeros(len(after_ns), np.bool_)
-    merged: list[list[int]] = []
-    for start, end in sorted(gaps):
-        if merged and start < merged[-1][1]:
-            merged[-1][1] = max(merged[-1][1], end)
-        else:
-            merged.append([start, end])
-    # The merged gaps are disjoint: only the first that ends later than `after_ns` can overlap.
-    starts, ends = np.array(merged, np.int64).T
-    first = np.searchsorted(ends, after_ns, "right")
-    spans: Mask = (first < len(ends)) & (starts[np.minimum(first, len(ends) - 1)] < before_ns)
-    return spans
-
-
-def _tell(number: Ints, at: Ints, told: Ints) -> None:
-    """Enter the devices that moves determine; -2 if two moves of one record disagree."""
-    news = np.flatnonzero(told >= 0)
-    at, told = at[news], told[news]
-    current = number[at]
-    number[at] = np.where((current == -1) | (current == told), told, -2)
-
-
-def _tell_starts(
-    number: Ints, starts: Ints, places: Ints, ts: Ints, resolver: Resolver, gaps: Gaps, timeout_ns: int
-) -> None:
-    """Resolve devices at which a life starts with a reception, unless its beginning may have been lost."""
-    unsure = starts[(number[starts] == -1) & (WAY[places[starts] >> CODE_BITS] == RECEIVE)]
-    unsure = unsure[~spans_gap(gaps, ts[unsure] - timeout_ns, ts[unsure])]
-    if len(unsure):
-        codes, member = np.unique(places[unsure] & (CODES - 1), return_inverse=True)
-        number[unsure] = np.array([resolver.start(int(code)) for code in codes], np.int64)[member]
+def _arrays(columns: tuple[bytearray, ...], *dtypes: str) -> list[npt.NDArray[Any]]:
+    return [np.frombuffer(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)]

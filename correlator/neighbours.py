@@ -12,11 +12,11 @@ from typing import Final
 
 import numpy as np
 
-from contracts.arrays import Ints, Mask
+from contracts.arrays import Ints
+from contracts.ordering import stable_order
 from contracts.protocols import ICMPV6
 from contracts.records import Batch
-from correlator.identity import CODE_BITS, CODES
-from correlator.lives import Lives
+from correlator.hops import Path
 from correlator.numbers import IP_RCV, QUEUE, RECEIVE_SKB
 
 ARP_BYTES: Final = 28
@@ -80,28 +80,13 @@ class Asked:
             if not (self.dev >= 0).any():
                 self.dev, self.ts = self.dev[:0], self.ts[:0]
 
-    def waited(self, lives: Lives, which: Mask) -> Mask:
-        """Return a mask of lives in `which` during whose routing their next device sent a request and got an answer."""
-        found = np.zeros(len(which), np.bool_)
-        if not len(self.ts):
-            return found
-        hook = lives.place >> CODE_BITS
-        at = 1 + np.flatnonzero(
-            (hook[1:] == QUEUE)
-            & ((hook[:-1] == RECEIVE_SKB) | (hook[:-1] == IP_RCV))
-            & (lives.life[1:] == lives.life[:-1])
-            & which[lives.life[1:]]
-        )
-        dev = lives.place[at] & (CODES - 1)
-        for code in sorted(set(self.dev[self.dev >= 0].tolist())):
-            mine = at[dev == code]
-            asked: Ints = self.ts[self.dev == code]
-            answered: Ints = self.ts[self.dev == ~code]
-            if not len(mine) or not len(answered):
-                continue
-            # The first request after the reception, and the last answer before the queueing.
-            request = asked[np.minimum(np.searchsorted(asked, lives.ts[mine - 1], "right"), len(asked) - 1)]
-            answer = answered[np.maximum(np.searchsorted(answered, lives.ts[mine], "left") - 1, 0)]
-            between = (lives.ts[mine - 1] < request) & (request < answer) & (answer < lives.ts[mine])
-            found[lives.life[mine[between]]] = True
-        return found
+    def by_device(self) -> tuple[Ints, Ints]:
+        """Return the devices (as in `dev`) and times of requests and answers, ordered by device and time."""
+        order = stable_order(self.dev)
+        return self.dev[order], self.ts[order]
+
+
+def waits(path: Path) -> list[int]:
+    """Return the records of a life, by index, before which the packet may have waited: queued after it was received."""
+    hooks = path.hooks
+    return [i for i in range(1, len(hooks)) if hooks[i] == QUEUE and hooks[i - 1] in (RECEIVE_SKB, IP_RCV)]

@@ -20,89 +20,66 @@ sums would be too small. Packets that waited for a neighbour's address are in no
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
-from contracts.arrays import Bytes, Ints, Mask
+from contracts.arrays import Bytes, Ints
 from contracts.cpus import MOST_PLACES, STAGES_WIDTH_S, Measure, StagePlace
 from contracts.schema import Segment
 from contracts.topology import Role
 from contracts.windowtable import WindowTable
-from correlator.hops import WHOLE_PATH, Measured
-from correlator.identity import CODE_BITS, ROLES, Resolver
-from correlator.lives import Lives, Paths
-from correlator.memo import Memo
+from correlator.hops import WHOLE_PATH, Measured, Path
+from correlator.identity import ROLES, Resolver
 from correlator.numbers import IP_RCV, RECEIVE_SKB, RX
+from correlator.records import LifeTimes, laid_out
 from correlator.windows import Windows
 
 _REMOTE: Final = ROLES.index(Role.REMOTE)
 _CPU_BITS: Final = 17
 """Bits of a place's key for each CPU, which records hold in 16 bits, and for no CPU."""
 _NO_CPU: Final = -1
+_LOW: Final = (1 << 32) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Stages:
-    """One row per life and stage, in the order of lives and paths. `queued`, `begin` and `end` index records."""
+class Stage(NamedTuple):
+    """A stage of a life. `queued`, `begin` and `end` are indices of its records."""
 
-    life: Ints
-    device: Ints
+    device: int
     """Device number."""
-    owner: Ints
+    owner: int
     """Number of the inner device of the container that the stage counts for."""
-    direction: Bytes
-    queued: Ints
+    direction: int
+    queued: int
     """The record whose CPU passed the packet to the device; `begin` if there is none."""
-    waited: Mask
+    waited: bool
     """Whether `queued` is the device's `netif_rx`, so that the wait is known."""
-    begin: Ints
-    end: Ints
+    begin: int
+    end: int
     """The packet's first record at the next device; `begin` if there is none."""
-    whole: Mask
+    whole: bool
     """Whether the packet was seen over its whole path."""
 
 
-def stages(paths: Paths, told: Measured, resolver: Resolver) -> Stages:
-    """Return the stages in `told`, the measurement of these paths with positions in place of times (`Paths.numbered`).
-
-    `queued`, `begin` and `end` are positions in the life, too.
-    """
-    hop = (told.segment == Segment.DEVICE) | (told.segment == Segment.OUTSIDE)
-    row = np.flatnonzero(hop & (resolver.role[told.device] != _REMOTE))
-    life = told.life[row]
-    start = paths.starts[life]
-    first = start + told.ts[row]
-    end = first + told.delay[row]
-    onward = paths.cross[end] & (end > first)
-
-    index = np.arange(len(paths.place))
-    hook = paths.place >> CODE_BITS
-    received = (hook == RECEIVE_SKB) | (hook == IP_RCV)
-    next_received = np.minimum.accumulate(np.where(received, index, len(index))[::-1])[::-1]
-    begin = next_received[first]
-    begin = np.where(begin < np.where(onward, end, end + 1), begin, first)
-    hop_begin = np.maximum.accumulate(np.where(paths.cross, index, 0))[begin]
-    rx = np.maximum.accumulate(np.where(hook == RX, index, -1))[begin]
-    waited = received[begin] & (rx >= hop_begin)
-    queued = np.where(waited, rx, np.where(hop_begin > start, hop_begin - 1, begin))
-
-    sides = np.zeros((len(paths.starts), 4), np.bool_)
-    sides[told.life[hop], told.direction[hop]] = True
-    whole = sides.sum(axis=1) > 1
-    whole[told.life[told.position == WHOLE_PATH]] = True
-    return Stages(
-        life=life,
-        device=told.device[row],
-        owner=told.owner[row],
-        direction=told.direction[row],
-        queued=queued - start,
-        waited=waited,
-        begin=begin - start,
-        end=np.where(onward, end, begin) - start,
-        whole=whole[life],
-    )
+def stages(path: Path, told: Measured, resolver: Resolver) -> list[Stage]:
+    """Return the stages of a life in order; `told` is its measurement."""
+    hops = [row for row in told.rows if row.segment in (Segment.DEVICE, Segment.OUTSIDE)]
+    whole = len({hop.direction for hop in hops}) > 1 or any(row.position == WHOLE_PATH for row in told.rows)
+    found = []
+    for hop in hops:
+        if resolver.role[hop.device] == _REMOTE:
+            continue
+        onward = path.crosses[hop.end] and hop.end > hop.begin
+        upto = hop.end if onward else hop.end + 1
+        received = (i for i in range(hop.begin, upto) if path.hooks[i] in (RECEIVE_SKB, IP_RCV))
+        begin = next(received, hop.begin)
+        first = next(i for i in range(begin, -1, -1) if path.crosses[i])
+        rx = next((i for i in range(begin, first - 1, -1) if path.hooks[i] == RX), None)
+        waited = rx is not None and path.hooks[begin] in (RECEIVE_SKB, IP_RCV)
+        queued = rx if rx is not None and waited else first - 1 if first else begin
+        end = hop.end if onward else begin
+        found.append(Stage(hop.device, hop.owner, hop.direction, queued, waited, begin, end, whole))
+    return found
 
 
 class StageCounts:
@@ -111,13 +88,13 @@ class StageCounts:
     Rows of equal time and place add up: a cut of the stream gives two rows in place of one.
     """
 
-    def __init__(self, entry: Callable[[Ints], Ints], own: Sequence[int]) -> None:
-        """`entry` returns the index into `Rows.devices` of each (device, owner), packed as the engine packs them.
+    def __init__(self, entry: Callable[[int, int], int], own: Sequence[int]) -> None:
+        """`entry` returns the index into `Rows.devices` of a device and the inner device that it serves.
 
         `own` has for each of these devices the index of the container's own device; it grows with the devices.
         """
         self._entry, self._own = entry, own
-        self._places = Memo(self._new_place)
+        self._places: dict[int, int] = {}
         self.places: list[StagePlace] = []
         self._windows = Windows()
 
@@ -134,21 +111,29 @@ class StageCounts:
         closed = self._windows.close(before_utc_ns)
         return closed[closed.column("width_s") == STAGES_WIDTH_S] if len(closed) else closed
 
-    def add(self, lives: Lives, found: Stages, left_out: Mask, offset_ns: int) -> None:
-        """Count the stages of lives; `left_out` is a mask of lives to ignore, `offset_ns` the offset of UTC."""
-        keep = np.flatnonzero(~left_out[found.life])
-        if not len(keep) or lives.records.cpu is None:
+    def add(self, lives: LifeTimes, of_shape: Sequence[Sequence[Stage]], offset_ns: int) -> None:
+        """Count the stages of lives that did not wait for an address.
+
+        `of_shape`: the stages of a life of each shape. `offset_ns`: offset of UTC.
+        """
+        chosen = np.flatnonzero(~lives.waited)
+        count = np.array([len(each) for each in of_shape], np.int64)
+        rows = count[lives.shape[chosen]]
+        cpus = lives.records.cpu
+        if not rows.sum() or cpus is None:
             return
-        life, direction = found.life[keep], found.direction[keep]
-        start = lives.starts[life]
-        begin, end, queued = (start + column[keep] for column in (found.begin, found.end, found.queued))
-        waited, whole = found.waited[keep], found.whole[keep]
-        cpus = lives.records.cpu[lives.order]
+        table = np.array([stage for each in of_shape for stage in each], np.int64)
+        row = laid_out((np.cumsum(count) - count)[lives.shape[chosen]], rows)
+        life = np.repeat(chosen, rows)
+        device, owner, direction, queued, waited, begin, end, whole = table[row].T
+        direction, waited, whole = direction.astype(np.uint8), waited != 0, whole != 0
+        start = lives.start[life]
+        begin, end, queued = start + begin, start + end, start + queued
         cpu, cpu_queued = cpus[begin].astype(np.int64), cpus[queued].astype(np.int64)
         utc_ns = lives.ts[start] + offset_ns
         run, wait, onward = lives.ts[end] - lives.ts[begin], lives.ts[begin] - lives.ts[queued], end > begin
-        entry = self._entry(found.device[keep] << 32 | found.owner[keep])
-        place = self._places((entry << _CPU_BITS | cpu_queued + 1) << _CPU_BITS | cpu + 1)
+        entry = _each(lambda key: self._entry(key >> 32, key & _LOW), device << 32 | owner)
+        place = _each(self._place, (entry << _CPU_BITS | cpu_queued + 1) << _CPU_BITS | cpu + 1)
         for measure, values, rows in (
             (Measure.RUN, run, whole & onward),
             (Measure.WAIT, wait, whole & onward & waited),
@@ -159,8 +144,8 @@ class StageCounts:
         # A packet between two containers is one packet of each.
         side = np.flatnonzero(np.append(True, (life[1:] != life[:-1]) | (direction[1:] != direction[:-1])))
         total, most = _summed(run, cpu, side)
-        own = found.owner[keep][side]
-        place = self._places((self._entry(own << 32 | own) << _CPU_BITS) << _CPU_BITS)
+        own = _each(lambda number: self._entry(number, number), owner[side])
+        place = _each(self._place, (own << _CPU_BITS) << _CPU_BITS)
         utc_ns, direction, whole = utc_ns[side], direction[side], whole[side]
         for measure, values, rows in (
             (Measure.WORK, total, whole),
@@ -172,13 +157,25 @@ class StageCounts:
     def _count(self, utc_ns: Ints, place: Ints, direction: Bytes, measure: Measure, values: Ints) -> None:
         self._windows.add(utc_ns, place, direction, np.full(len(utc_ns), measure, np.uint8), values)
 
+    def _place(self, key: int) -> int:
+        """Return the index into `places` of a device's entry, and of CPUs, packed as in `add`."""
+        if key not in self._places:
+            self._places[key] = self._new_place(key)
+        return self._places[key]
+
     def _new_place(self, key: int) -> int:
         device = key >> 2 * _CPU_BITS
         cpu_queued, cpu = ((key >> shift & (1 << _CPU_BITS) - 1) - 1 for shift in (_CPU_BITS, 0))
         if len(self.places) >= MOST_PLACES and (cpu_queued, cpu) != (_NO_CPU, _NO_CPU):
-            return self._places.of(device << 2 * _CPU_BITS)
+            return self._place(device << 2 * _CPU_BITS)
         self.places.append(StagePlace(device, self._own[device], cpu_queued, cpu))
         return len(self.places) - 1
+
+
+def _each(answer: Callable[[int], int], keys: Ints) -> Ints:
+    """Return the answer for each key, asked once for each that occurs."""
+    distinct, inverse = np.unique(keys, return_inverse=True)
+    return np.array([answer(key) for key in distinct.tolist()], np.int64)[inverse]
 
 
 def _summed(run: Ints, cpu: Ints, side: Ints) -> tuple[Ints, Ints]:

@@ -18,8 +18,8 @@ import numpy.typing as npt
 from contracts.arrays import Ints
 from correlator.identity import ResolverState
 from correlator.links import LooseEnds
-from correlator.lives import Gaps, Open, Records
 from correlator.neighbours import Asked
+from correlator.records import Open, Records
 
 _Carried = TypeVar("_Carried", Open, LooseEnds)
 
@@ -33,7 +33,7 @@ class EngineState:
     """Records of lives that have not ended; `number` refers to the resolver's devices."""
     waiting: LooseEnds
     """Lives that have ended and may continue in another buffer; `number` refers to the resolver's devices."""
-    gaps: Gaps
+    gaps: list[tuple[int, int]]
     """Gaps that can still lie between two records of a packet."""
     asked: Asked
     """Neighbour requests for which packets may have waited."""

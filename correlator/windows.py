@@ -24,10 +24,12 @@ _SPARSE: Final = 32
 """Few codes are sorted, too, if the table would have more than this many elements per code."""
 
 
-_START, _CODE, _COUNT, _SUM, _LOW, _HIGH = range(6)
+_START, CODE, _COUNT, _SUM, _LOW, _HIGH = range(6)
 """Rows of a table of windows: start (ns); device, direction and segment in one number; and what was added up."""
+CODE_SHIFT: Final = 5
+"""Bits of that number below the device."""
 _BIN, _CELL_COUNT = 2, 3
-"""Rows of a table of histogram cells, after `_START` and `_CODE`."""
+"""Rows of a table of histogram cells, after `_START` and `CODE`."""
 _UNMERGED: Final = 1 << 18
 """Cells that may wait to be merged: 8 MiB."""
 
@@ -80,7 +82,7 @@ class _Pending:
     def _merged(self) -> tuple[Ints, Ints]:
         """Return the merged windows and cells, ordered by start, device, direction, segment and bin."""
         windows, cells = _laid_together(self.windows), _laid_together(self.cells)
-        if (found := _groups(windows[_START], windows[_CODE])) is not None:
+        if (found := _groups(windows[_START], windows[CODE])) is not None:
             order, first = found
             windows = windows.take(order, axis=1)
             merged = windows.take(first, axis=1)
@@ -89,7 +91,7 @@ class _Pending:
             merged[_LOW] = np.minimum.reduceat(windows[_LOW], first)
             merged[_HIGH] = np.maximum.reduceat(windows[_HIGH], first)
             windows = merged
-        if (found := _groups(cells[_START], cells[_CODE] * histogram.BINS + cells[_BIN])) is not None:
+        if (found := _groups(cells[_START], cells[CODE] * histogram.BINS + cells[_BIN])) is not None:
             order, first = found
             cells = cells.take(order, axis=1)
             merged = cells.take(first, axis=1)
@@ -129,7 +131,7 @@ class Windows:
         windows = np.empty((6, len(groups)), np.int64)
         second, number = np.divmod(groups >> 5, rows)
         windows[_START] = (first + second) * _NS
-        windows[_CODE] = number << 5 | groups & 31
+        windows[CODE] = number << 5 | groups & 31
         windows[_COUNT] = np.bincount(member, minlength=len(groups))
         windows[_LOW] = np.iinfo(np.int64).max
         windows[_HIGH] = np.iinfo(np.int64).min
@@ -137,10 +139,20 @@ class Windows:
         np.maximum.at(windows[_HIGH], member, delay_ns)
         windows[_SUM] = _sums(member, delay_ns, len(groups), int(windows[_HIGH].max()))
         table = np.empty((4, len(cells)), np.int64)
-        table[: _CODE + 1] = windows[: _CODE + 1].take(of_group, axis=1)
+        table[: CODE + 1] = windows[: CODE + 1].take(of_group, axis=1)
         table[_BIN] = cells - of_group * span + lowest
         table[_CELL_COUNT] = counts
-        self._pending[0].add(windows, table)
+        self.add_tables(windows, table)
+
+    def add_tables(self, windows: Ints, cells: Ints) -> None:
+        """Add windows of one second that were counted elsewhere: tables of shapes (6, n) and (4, m).
+
+        Rows of `windows`: start (ns of UTC); device, direction and segment as `device << 5 | direction << 3 | segment`;
+        count; sum, smallest and largest delay (ns). Rows of `cells`, in the order of their windows: start and code as
+        above, bin, count. All int64.
+        """
+        if windows.shape[1]:
+            self._pending[0].add(windows, cells)
 
     @property
     def cells(self) -> int:
@@ -166,7 +178,7 @@ def joined(pieces: WindowTable) -> WindowTable:
     code = pieces.column("device") << 5 | pieces.column("direction") << 3 | pieces.column("segment")
     rows = [pieces.column(name) for name in ("count", "sum_ns", "min_ns", "max_ns")]
     windows = np.stack([pieces.column("start_utc_ns"), code, *rows])
-    cells = np.stack([*(np.repeat(row, sizes) for row in windows[: _CODE + 1]), pieces.bins, pieces.counts])
+    cells = np.stack([*(np.repeat(row, sizes) for row in windows[: CODE + 1]), pieces.bins, pieces.counts])
     width = pieces.column("width_s")
     found: list[WindowTable] = []
     for width_s in WIDTHS_S:
@@ -221,11 +233,11 @@ def _started(table: Ints, width_s: int) -> Ints:
 def _final(width_s: int, windows: Ints, cells: Ints) -> WindowTable:
     """Return the windows of merged tables, whose windows and cells have the same order."""
     bins, counts = cells[_BIN].copy(), cells[_CELL_COUNT].copy()
-    edges = np.append(np.flatnonzero(_changes(cells[_START], cells[_CODE])), len(bins))
+    edges = np.append(np.flatnonzero(_changes(cells[_START], cells[CODE])), len(bins))
     found = histogram.quantiles_of_each(bins, counts, edges)
     numbers = np.empty((len(NUMBERS), len(edges) - 1), np.int64)
-    numbers[0], numbers[1], numbers[2] = windows[_START], width_s, windows[_CODE] >> 5
-    numbers[3], numbers[4] = (windows[_CODE] >> 3) & 3, windows[_CODE] & 7
+    numbers[0], numbers[1], numbers[2] = windows[_START], width_s, windows[CODE] >> 5
+    numbers[3], numbers[4] = (windows[CODE] >> 3) & 3, windows[CODE] & 7
     numbers[5:9] = windows[_COUNT : _HIGH + 1]
     # The middle of a bin may lie outside the range of observed delays.
     np.maximum(found, windows[_LOW], out=found)

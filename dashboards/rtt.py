@@ -91,6 +91,25 @@ def make() -> build.Dashboard:
         )
     )
     made.with_panel(
+        lines(
+            "Waiting for a CPU",
+            "The temporal error: the part of a round trip in which the tool was ready, but no CPU ran it. It is there"
+            " where mace ping or mace wrap could follow the tool's tasks.",
+            [
+                select(
+                    {name: f'percentile("temporal_error_ns", {share})' for name, share in (("p50", 50), ("p99", 99))},
+                    "rtt",
+                    chosen=_CHOSEN,
+                    tags=("host", "container", "tool"),
+                    every=True,
+                    reason="paired",
+                )
+            ],
+            unit="ns",
+            alias="$tag_container $tag_tool $col",
+        )
+    )
+    made.with_panel(
         rows(
             "Samples by reason",
             "All samples that the tool reported: `paired`, or the reason why a sample could not be corrected.",

@@ -218,6 +218,17 @@ def _cgroup() -> str | None:
     return _first([_root(), pods.missing()])
 
 
+def _podman() -> str | None:
+    netavark = Path("/usr/lib/podman/netavark")
+    return _first([_docker(), _program("podman", "--version"), None if netavark.exists() else f"no {netavark}"])
+
+
+def _apptainer() -> str | None:
+    from tests import apptainer  # here, because few tests ask
+
+    return _first([_cni(), _netns(), apptainer.missing()])
+
+
 def _containerd() -> str | None:
     return _first([_root(), containerd.missing()])
 
@@ -228,6 +239,8 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "netns": _netns,
     "userns": _userns,
     "docker": _docker,
+    "podman": _podman,
+    "apptainer": _apptainer,
     "cni": _cni,
     "ifb": lambda: _first([_netns(), _ifb()]),
     "bpf": _bpf,

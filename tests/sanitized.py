@@ -1,16 +1,19 @@
-"""A plugin for pytest: `collector.compiled.loops` is the extension that MACE_EXTENSION names, not that of the tree."""
+"""A plugin for pytest: a compiled module is the extension that MACE_EXTENSION names, not that of the tree.
+
+MACE_EXTENSION is the module's name, "=", and the path of the extension.
+"""
 
 import importlib.abc
 import importlib.util
 import os
 import sys
 
-NAME = "collector.compiled.loops"
+NAME, _, PATH = os.environ["MACE_EXTENSION"].partition("=")
 
 
 class OtherExtension(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path, target=None):
-        return importlib.util.spec_from_file_location(NAME, os.environ["MACE_EXTENSION"]) if fullname == NAME else None
+        return importlib.util.spec_from_file_location(NAME, PATH) if fullname == NAME else None
 
 
 assert NAME not in sys.modules, "too late: the tree's own extension is in use"

@@ -258,6 +258,8 @@ def _device(netdev: NetDevice, named: Named, by_default: bool) -> Device:
     peer = (0, 0)
     if netdev.kind in _WITH_PEER:
         peer = netdev.peer_netns, netdev.peer_ifindex
+    elif netdev.peer_netns:  # a tunnel that sends from another namespace
+        peer = netdev.peer_netns, 0
     elif netdev.kind in _WITH_LOWER:
         peer = netdev.lower_netns, netdev.lower_ifindex
     return Device(

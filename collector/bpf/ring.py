@@ -86,6 +86,11 @@ class CpuRing(ABC):
         return (self.seen - self._oldest()) / self._capacity
 
     @property
+    def fresh(self) -> float:
+        """The share of the ring that the programs have filled since the last `take`, 0 to 1."""
+        return (self._reserved() - self.seen) / self._capacity
+
+    @property
     def waiting(self) -> float:
         """The share of the ring that the programs have filled and the reader has not released, 0 to 1."""
         return (self._reserved() - self._released) / self._capacity

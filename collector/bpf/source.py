@@ -3,10 +3,11 @@
     programs ──slots──▶ CpuRing ──views──▶ RingMerger ──▶ batches, in time order
     (one ring per CPU)  tick by tick  markers            devices, as they change, between them
 
-One tick reads all records in the rings. A tick runs every poll interval, and earlier when a CPU has written a quarter
-of a ring. A ring that was read at time T and had no busy slot has returned all records from before T: these times drive
-the merge. Only a program that was running at T may still add an earlier record, for which the hold-back waits. Records
-that the hold-back delays stay in the rings, or are copied out when the rings run short of room.
+One tick reads all records in the rings. A tick runs every gather interval, earlier when a CPU has written a quarter of
+a ring or a device changes, and every poll interval while a ring fills fast. A ring that was read at time T and had no
+busy slot has returned all records from before T: these times drive the merge. Only a program that was running at T may
+still add an earlier record, for which the hold-back waits. Records that the hold-back delays stay in the rings, or are
+copied out when the rings run short of room.
 
 A full ring makes the programs discard new records and count them by CPU and hook. Each record holds the number of
 records that its CPU had lost by then, so a marker stands exactly where records are missing. The kernel does not run a
@@ -60,8 +61,8 @@ _COPY_ABOVE: Final = 0.5
 """Share of a ring that may wait in place for the hold-back."""
 _SETTLE_S: Final = 0.01
 """Pause between stopping the programs and the last reading, in which a running program still writes its record, s."""
-_TIMED_EVERY: Final = 64
-"""The kernel times the programs during one tick in this many, because timing makes each run some 40 ns longer."""
+_TIMED_EVERY_S: Final = 3.2
+"""The kernel times the programs for one short tick in this time, because timing makes each run some 40 ns longer."""
 _MACHINE: Final = "x86_64"
 """Architecture that keeps loads in order, so that a ring can be read without a barrier."""
 
@@ -73,7 +74,9 @@ class BpfConfig:
     ring_kib_per_cpu: int = 8192
     """Memory for each CPU's ring, KiB; rounded down to a power of two. 8 MiB are 131,072 records."""
     poll_interval_s: float = 0.05
-    """Interval of the ticks."""
+    """Interval of the ticks while a ring fills."""
+    gather_interval_s: float = 0.5
+    """Longest stay of records in rings that do not fill."""
     hold_back_ms: float = 50
     """Delay added before records are passed on, so that a topology read later can still precede them."""
     host: str = ""
@@ -84,6 +87,7 @@ class BpfConfig:
         for name, ok, expected in (
             ("ring_kib_per_cpu", self.ring_kib_per_cpu >= mmap.PAGESIZE // 1024, "at least a page"),
             ("poll_interval_s", 0 < self.poll_interval_s <= 10, "more than 0 and at most 10"),
+            ("gather_interval_s", 0 < self.gather_interval_s <= 10, "more than 0 and at most 10"),
             ("hold_back_ms", 0 <= self.hold_back_ms <= 10_000, "0 to 10000"),
         ):
             if not ok:
@@ -143,6 +147,8 @@ class BpfSource(RecordSource):
             partial(_Merger, of="the BPF programs"),
             host=self.config.host,
             hold_back_ms=self.config.hold_back_ms,
+            poll_interval_s=self.config.poll_interval_s,
+            gather_interval_s=self.config.gather_interval_s,
             follower=devices,
             filling=_FILLING,
         )
@@ -156,7 +162,7 @@ class BpfSource(RecordSource):
         """Skipped calls that markers have reported."""
         self._nowhere: int | None = None
         """Number of the CPU that does not exist, whose markers report skipped calls; None before the first."""
-        self._ticks = 0
+        self._next_timed_s = 0.0
         self._timed_from: dict[Hook, tuple[int, int]] = {}
         self._timed: dict[Hook, tuple[int, int]] = {}
         """By hook: number of runs that were timed, and their total time, ns."""
@@ -273,18 +279,15 @@ class BpfSource(RecordSource):
         assert self._filling is not None
         yield self._topology(self._began_ns)
         while not self._stopping:
-            began = time.monotonic()
             self._time_runs()
             self._take_all()
-            for item in self._released():
+            # Progress lets the consumer finish these records before the next tick. In a flood that tick comes soon.
+            for item in self._released(progress=not self._swelling):
                 yield item
             self._make_room()
             self._devices_changed()
             self._take_wakes()
-            # The interval runs from the start of one tick to the start of the next: the time for merging, and for the
-            # consumer's work meanwhile, must not add to the latency.
-            rest_s = max(began + self.config.poll_interval_s - time.monotonic(), 0)
-            await self._pause(rest_s, self._filling.fileno())
+            await self._pause(self._rest_s(soon=bool(self._timed_from)), self._filling.fileno())
         self._session.stop()
         await self._settle()
         self._take_all()
@@ -313,7 +316,8 @@ class BpfSource(RecordSource):
         """Read all rings, and report what they have lost; return whether no ring had a busy slot."""
         assert self._session is not None
         self._add_late_cpus()
-        waiting = max((cpu.ring.waiting for cpu in self._cpus.values() if cpu.ring is not None), default=0.0)
+        rings = [cpu.ring for cpu in self._cpus.values() if cpu.ring is not None]
+        self._found(*(max(each, default=0.0) for each in ([r.waiting for r in rings], [r.fresh for r in rings])))
         begun_ns = time.monotonic_ns()
         fresh = {number: cpu.ring.take() for number, cpu in self._cpus.items() if cpu.ring is not None}
         # Read the counts after the rings: then they include every loss that a record reports.
@@ -326,7 +330,6 @@ class BpfSource(RecordSource):
             self._mark(number, cpu, lost - cpu.told_lost, time.monotonic_ns())
             self._merger.complete(number, begun_ns if caught_up else cpu.last_ns)
         self._tell_missed()
-        self._urgency.felt(waiting)
         return all(caught_up for _, caught_up in fresh.values())
 
     def _push(self, number: int, cpu: _Cpu, taken: Stretch, lost: int) -> None:
@@ -398,9 +401,8 @@ class BpfSource(RecordSource):
                 cpu.ring.release()
 
     def _time_runs(self) -> None:
-        """Switch the kernel's timing of the programs on for one tick in `_TIMED_EVERY`, and add up what it counted."""
+        """Switch the kernel's timing of the programs on for a tick each `_TIMED_EVERY_S`, and add up its counts."""
         assert self._session is not None
-        self._ticks += 1
         if self._timed_from:
             for hook, runs in self._session.runs().items():
                 before_runs, before_ns = self._timed_from[hook]
@@ -408,7 +410,8 @@ class BpfSource(RecordSource):
                 self._timed[hook] = (timed + runs.runs - before_runs, timed_ns + runs.run_ns - before_ns)
             self._timed_from = {}
             self._session.time_runs(on=False)
-        elif self._ticks % _TIMED_EVERY == 1 and self._session.time_runs(on=True):
+        elif (now_s := time.monotonic()) >= self._next_timed_s and self._session.time_runs(on=True):
+            self._next_timed_s = now_s + _TIMED_EVERY_S
             self._timed_from = {hook: (runs.runs, runs.run_ns) for hook, runs in self._session.runs().items()}
 
     def _balance(self) -> None:
@@ -437,6 +440,7 @@ def configured(config: CaptureConfig, devices: FollowsDevices, host: str = "") -
         BpfConfig(
             ring_kib_per_cpu=config.ring_mib * 1024,
             poll_interval_s=config.poll_ms / 1000,
+            gather_interval_s=config.gather_ms / 1000,
             hold_back_ms=config.hold_back_ms,
             host=host,
             wanted=wanted(config),

@@ -3,8 +3,9 @@
     mace.ko ──sub-buffers──▶ CpuRing ──views──▶ RingMerger ──▶ batches, in time order
     (one ring per CPU)   TAKE           markers            devices, as they change, between them
 
-One tick empties the rings, including the sub-buffers that the module is still filling. A tick runs every poll interval,
-and earlier when a quarter of a ring's sub-buffers is full. TAKE returns the time up to which a ring was emptied: these
+One tick empties the rings, including the sub-buffers that the module is still filling. A tick runs every gather
+interval, earlier when a quarter of a ring's sub-buffers is full or a device changes, and every poll interval while a
+ring fills fast. TAKE returns the time up to which a ring was emptied: these
 times drive the merge. Records that the hold-back delays stay in the rings, or are copied out when the rings run short
 of room.
 
@@ -33,6 +34,7 @@ from collector.live.ring_source import FollowsDevices
 from collector.machine.kernel import online_cpus
 from collector.memory import keep_freed_memory
 from contracts import clock
+from contracts.abi import RECORD
 from contracts.config import CaptureConfig
 from contracts.errors import MaceError, SourceError, Unavailable
 from contracts.hooks import BY_HOOK, silent_on
@@ -84,6 +86,9 @@ class KmodConfig:
     ring_kib_per_cpu: int = 8192
     """Memory for each CPU's ring, KiB. 8 MiB are about 131,000 records."""
     poll_interval_s: float = 0.05
+    """Interval of the ticks while a ring fills."""
+    gather_interval_s: float = 0.5
+    """Longest stay of records in rings that do not fill."""
     hold_back_ms: float = 50
     """Delay added before records are passed on, so that a topology read later can still precede them."""
     host: str = ""
@@ -94,6 +99,7 @@ class KmodConfig:
         for name, ok, expected in (
             ("ring_kib_per_cpu", self.ring_kib_per_cpu >= 2 * mmap.PAGESIZE // 1024, "two pages at least"),
             ("poll_interval_s", 0 < self.poll_interval_s <= 10, "more than 0 and at most 10"),
+            ("gather_interval_s", 0 < self.gather_interval_s <= 10, "more than 0 and at most 10"),
             ("hold_back_ms", 0 <= self.hold_back_ms <= 10_000, "0 to 10000"),
         ):
             if not ok:
@@ -139,6 +145,8 @@ class KmodSource(RecordSource):
             RingMerger,
             host=self.config.host,
             hold_back_ms=self.config.hold_back_ms,
+            poll_interval_s=self.config.poll_interval_s,
+            gather_interval_s=self.config.gather_interval_s,
             follower=devices,
             filling=_FILLING,
         )
@@ -191,7 +199,7 @@ class KmodSource(RecordSource):
         self._began_ns = time.monotonic_ns()
         config = self.config
         wanted = replace(config.wanted, hooks=hooks)
-        await self._follow(wakes=config.wanted.by_place)
+        await self._follow(wakes=True)
         cookies = hello.cookies and self._identify_by_cookie()
         self._learned(self._devices)
         places = self._find_places(config.wanted, by_cookie=cookies)
@@ -265,19 +273,16 @@ class KmodSource(RecordSource):
         assert self._module is not None
         yield self._topology(self._began_ns)
         while not self._stopping:
-            began = time.monotonic()
             self._take_all()
-            for item in self._released():
+            # Progress lets the consumer finish these records before the next tick. In a flood that tick comes soon.
+            for item in self._released(progress=not self._swelling):
                 yield item
             self._make_room()
             self._devices_changed()
             if not self._module.hello.sees_all and self._module.greet().netns_gone:
                 _log.warning("kmod: the network namespace of this session has died: no further record will follow")
                 break
-            # The interval runs from the start of one tick to the start of the next: the time for merging, and for the
-            # consumer's work meanwhile, must not add to the latency.
-            rest_s = max(began + self.config.poll_interval_s - time.monotonic(), 0)
-            await self._pause(rest_s, self._module.fileno())
+            await self._pause(self._rest_s(), self._module.fileno())
         self._module.stop()
         self._take_all(last=True)
         for item in self._released(to_the_end=True):
@@ -289,12 +294,19 @@ class KmodSource(RecordSource):
     def _take_all(self, *, last: bool = False) -> None:
         """Read all rings, and report what they have lost."""
         self._add_late_cpus()
+        fresh = 0
         for number, cpu in self._cpus.items():
+            seen = cpu.ring.seen
             complete_ns = self._take(number, cpu, flush=True)
+            fresh = max(fresh, cpu.ring.seen - seen)
             if cpu.ring.was_full or last:
                 self._tell_untold(number, cpu)
             self._merger.complete(number, complete_ns)
-        self._urgency.felt(max(cpu.ring.fill for cpu in self._cpus.values()))
+        config = self.config
+        self._found(
+            max(cpu.ring.fill for cpu in self._cpus.values()),
+            fresh * RECORD.itemsize / (config.subbuf_bytes * config.subbufs),
+        )
         self._tell_elsewhere(last=last)
 
     def _take(self, number: int, cpu: _Cpu, *, flush: bool) -> int:
@@ -384,6 +396,7 @@ def configured(config: CaptureConfig, devices: FollowsDevices, host: str = "") -
         KmodConfig(
             ring_kib_per_cpu=config.ring_mib * 1024,
             poll_interval_s=config.poll_ms / 1000,
+            gather_interval_s=config.gather_ms / 1000,
             hold_back_ms=config.hold_back_ms,
             host=host,
             wanted=wanted(config),

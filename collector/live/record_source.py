@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 
@@ -14,7 +15,11 @@ from contracts.topology import Device
 
 
 class RecordSource(RingSource):
-    """A `RingSource` whose records name a device by namespace and ifindex."""
+    """A `RingSource` whose records name a device by namespace and ifindex.
+
+    A tick follows the one before after `gather_interval_s`, or earlier when the rings' own mark wakes the source; after
+    `poll_interval_s` if a ring fills so fast that it would be half full before. Few large ticks cost less than many.
+    """
 
     def __init__(
         self,
@@ -23,6 +28,8 @@ class RecordSource(RingSource):
         *,
         host: str,
         hold_back_ms: float,
+        poll_interval_s: float,
+        gather_interval_s: float,
         follower: FollowsDevices | None,
         filling: float,
     ) -> None:
@@ -34,6 +41,10 @@ class RecordSource(RingSource):
         self._finder: PlaceFinder | None = None
         self._chosen: Places | None = None
         """Where the session records; None: everywhere."""
+        self._poll_interval_s, self._gather_interval_s = poll_interval_s, gather_interval_s
+        self._ticked_ns = time.monotonic_ns()
+        self._swelling = False
+        """Whether the last tick found a ring that would be half full after the gather interval."""
         super().__init__(
             name,
             host=host,
@@ -80,6 +91,22 @@ class RecordSource(RingSource):
             if places != self._chosen:
                 self._chosen = places
                 self._record_at(places)
+
+    def _found(self, filled: float, fresh: float) -> None:
+        """Note that a tick, which begins now, found a ring filled to `filled`, and one with `fresh` new; 0 to 1."""
+        self._urgency.felt(filled)
+        now_ns = time.monotonic_ns()
+        since_ns, self._ticked_ns = now_ns - self._ticked_ns, now_ns
+        self._swelling = fresh * self._gather_interval_s * 1e9 > since_ns / 2
+
+    def _rest_s(self, *, soon: bool = False) -> float:
+        """Return how long to pause until the next tick, s; with `soon` as if a ring filled fast.
+
+        The interval runs from the start of one tick to the start of the next: the time for merging, and for the
+        consumer's work meanwhile, must not add to the latency.
+        """
+        interval_s = self._poll_interval_s if self._swelling or soon else self._gather_interval_s
+        return max(interval_s - (time.monotonic_ns() - self._ticked_ns) / 1e9, 0)
 
     def _taken(self, until_ns: int | None) -> Iterator[Batch]:
         return self._merger.flush() if until_ns is None else self._merger.take(until_ns)

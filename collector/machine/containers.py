@@ -6,9 +6,11 @@ The name is from the first of these origins that has one:
 1. the Docker or Podman API, over its unix socket: the container's own name;
 2. the namespace's name in /run/netns, unless a program generated it at random;
 3. the control group of the namespace's first process: the first 12 digits of the container's id, as runtimes print it;
-4. the name of that process: `comm[pid]`.
+4. the title of the process by which Apptainer waits for its container's end, a parent of that first process: USER/NAME
+   for an instance, `IMAGE[pid]` for any other container;
+5. the name of that first process: `comm[pid]`.
 
-A Kubernetes pod precedes 1 to 4 as NAMESPACE/POD, if its namespace has no name or a random one, its first process's
+A Kubernetes pod precedes 1 to 5 as NAMESPACE/POD, if its namespace has no name or a random one, its first process's
 control group has the pod's UID, and the kubelet's log folder (`collector.machine.pods`) or a runtime's CRI socket
 (`collector.machine.cri`) the pod's name. All containers of a pod are one container here, whose id is the pod's UID.
 
@@ -32,6 +34,7 @@ from urllib.parse import quote
 from collector.machine.asking import AskingThread
 from collector.machine.netns import NetnsOf, netns_of
 from collector.machine.pods import pod_uid_in_cgroup
+from collector.machine.processes import parent
 from collector.machine.unix_http import UnixConnection
 from contracts.names import text_of
 
@@ -60,8 +63,13 @@ _MACHINE_IN_CGROUP: Final = re.compile(
 )
 SHORT_ID: Final = 12
 """Digits of a container's id that runtimes print."""
-_APPTAINER: Final = re.compile(rb"(?:Apptainer|Singularity) runtime parent: ([^\0]+)")
-"""Command line of the process that waits for an Apptainer container's end; Apptainer makes no control group."""
+_APPTAINER: Final = re.compile(
+    rb"(?:Apptainer|Singularity) (?:runtime parent: (?P<image>[^\0]+)|instance: (?P<user>[^\0]*) \[(?P<name>[^\0]+)\])"
+)
+"""Title of the process that waits, outside of an Apptainer container, for the container's end; Apptainer makes no
+control group. A process that joins an instance has `runtime parent:` without an image."""
+_MOST_PARENTS: Final = 64
+"""Largest number of generations between a container's first process and Apptainer's that are looked at."""
 _SYSTEMD_ESCAPE: Final = re.compile(rb"\\x([0-9a-fA-F]{2})")
 """unit_name_escape in systemd's unit-name.c. It also spells `/` as `-`, but a machine's name contains no `/`."""
 _MADE_UP: Final = re.compile(r"(?:(?:cni|netns|cnitest)-)?[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -97,12 +105,12 @@ NOBODY: Final = Called("")
 
 
 def called_by_process(pid: int, proc: Path = PROC) -> Called:
-    """Name the container of a process: its short id if the control group has one, else `comm[pid]`.
+    """Name the container of a process: its short id if the control group has one, Apptainer's name, else `comm[pid]`.
 
     Returns `NOBODY` if the process has ended.
     """
     try:
-        called = called_in_cgroup(_cgroup_of(pid, proc))
+        called = called_in_cgroup(_cgroup_of(pid, proc)) or _called_by_apptainer(pid, proc, _MOST_PARENTS)
         return called or Called(f"{text_of((proc / f'{pid}/comm').read_bytes().strip())}[{pid}]")
     except OSError:
         return NOBODY
@@ -273,12 +281,27 @@ class Sharing:
 def _container_of(pid: int, proc: Path) -> Called:
     """Return the container of a process; `NOBODY` if it is in none, or has ended."""
     try:
-        if called := called_in_cgroup(_cgroup_of(pid, proc)):
-            return called
-        apptainer = _APPTAINER.match((proc / f"{pid}/cmdline").read_bytes())
+        # Apptainer's own process stays on the host's network. Its child is where the container is.
+        return called_in_cgroup(_cgroup_of(pid, proc)) or _called_by_apptainer(pid, proc, 1) or NOBODY
     except OSError:
         return NOBODY
-    return Called(f"{text_of(apptainer[1])}[{pid}]") if apptainer else NOBODY
+
+
+def _called_by_apptainer(pid: int, proc: Path, generations: int) -> Called | None:
+    """Return the Apptainer container that one of the nearest parents of a process waits for; None if there is none."""
+    for _ in range(generations):
+        pid = parent(pid, proc)
+        if pid <= 1:
+            return None
+        try:
+            found = _APPTAINER.match((proc / f"{pid}/cmdline").read_bytes())
+        except OSError:
+            return None
+        if found and found["image"]:
+            return Called(f"{text_of(found['image'])}[{pid}]")
+        if found:
+            return Called(f"{text_of(found['user'])}/{text_of(found['name'])}")
+    return None
 
 
 class NameService(AskingThread):

@@ -456,7 +456,10 @@ class _Watch:
         devices = []
         for link in namespace.links.values():
             peer_netns = netns if link.link_nsid is None else inodes.get(link.link_nsid, 0)
-            peered = bool(link.link and peer_netns)
+            # A VXLAN device that was moved has no device below it, for which the kernel writes its own ifindex.
+            moved = link.kind == "vxlan" and link.link_nsid is not None
+            peer_ifindex = 0 if moved and link.link == link.ifindex else link.link
+            peered = bool((peer_ifindex or moved) and peer_netns)
             devices.append(
                 Device(
                     netns,
@@ -464,7 +467,7 @@ class _Watch:
                     link.name,
                     link.kind,
                     peer_netns if peered else 0,
-                    link.link if peered else 0,
+                    peer_ifindex if peered else 0,
                     link.master,
                     link.ifindex in namespace.default_routes,
                     named.netns_name,
@@ -512,22 +515,25 @@ def snapshot(
     docker_sockets: Sequence[str] = API_SOCKETS,
     pod_logs: str = LOG_FOLDER,
     cri_sockets: Sequence[str] = CRI_SOCKETS,
-) -> tuple[Device, ...]:
-    """Return the current devices with their roles, sorted; blocks for some milliseconds. Raises `Unavailable`."""
+) -> Snapshot:
+    """Return the current devices with their roles, sorted, and the containers on the host's network.
 
-    def look() -> tuple[Device, ...]:
+    The call blocks for some milliseconds. Raises `Unavailable`.
+    """
+
+    def look() -> Snapshot:
         watch = _Watch(host_netns, outer, remote_netns, docker_sockets, pod_logs=pod_logs, cri_sockets=cri_sockets)
         try:
-            return watch.open().devices
+            return watch.open()
         finally:
             watch.close()
 
     return _in_own_thread(look)
 
 
-def _in_own_thread(work: Callable[[], tuple[Device, ...]]) -> tuple[Device, ...]:
+def _in_own_thread(work: Callable[[], Snapshot]) -> Snapshot:
     """Run `work` in a thread that ends afterwards: a thread that left its network namespace must not be reused."""
-    done: Future[tuple[Device, ...]] = Future()
+    done: Future[Snapshot] = Future()
 
     def run() -> None:
         try:
@@ -544,7 +550,7 @@ def _in_own_thread(work: Callable[[], tuple[Device, ...]]) -> tuple[Device, ...]
 def check(*, host_netns: str | int | None = None) -> Status:
     """Return whether devices can be followed here, with the numbers of devices and namespaces found."""
     try:
-        devices = snapshot(host_netns=host_netns, docker_sockets=())
+        devices = snapshot(host_netns=host_netns, docker_sockets=()).devices
     except Unavailable as failure:
         return Status(False, failure.why, failure.remedy)
     namespaces = {device.netns for device in devices}

@@ -12,13 +12,19 @@ _INITIAL_PIDS: Final = 0xEFFFFFFC
 """Inode of the initial process id namespace (PROC_PID_INIT_INO, include/linux/proc_ns.h)."""
 
 
-def stat_fields(pid: int) -> list[str]:
+def stat_fields(pid: int, proc: Path = Path("/proc")) -> list[str]:
     """Return the fields of /proc/PID/stat from the third (the state) on; none if there is no such process."""
     try:
         # The command name, in parentheses, may contain blanks, parentheses and any bytes: count from its end.
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return (proc / f"{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return []
+
+
+def parent(pid: int, proc: Path = Path("/proc")) -> int:
+    """Return the process that a process is a child of; 0 if it has none, or has ended."""
+    fields = stat_fields(pid, proc)
+    return int(fields[1]) if fields else 0
 
 
 def start_ticks(pid: int) -> int:

@@ -11,10 +11,14 @@ from contracts.sources import LIVE
 
 SOURCES: Final = ("auto", *LIVE)
 """Names of the live sources: `contracts.config.SOURCES`."""
-RUNTIMES: Final = ("netns", "docker")
+RUNTIMES: Final = ("netns", "docker", "podman", "apptainer")
 """Runtimes for the containers of a test network: `mace.lab.Runtime`."""
-LAYOUTS: Final = ("bridge", "flannel", "calico", "ptp", "cilium")
+EXPERIMENT_RUNTIMES: Final = (*RUNTIMES, "apptainer-ptp")
+"""Runtimes that the experiment compares: `mace.trials.experiment.plan.RUNTIMES`."""
+LAYOUTS: Final = ("bridge", "overlay", "flannel", "calico", "ptp", "cilium")
 """Layouts of a test network: `mace.lab.Layout`."""
+OVERLAY: Final = "overlay"
+"""The layout with two hosts: `mace.lab.Layout.OVERLAY`."""
 FAR_ENDS: Final = ("namespace", "guest")
 """Where the far end of a test network is: `mace.lab.FarEnd`."""
 REMOTE: Final = "remote"
@@ -45,6 +49,7 @@ SCENARIOS: Final = (
     "fragments",
     "clones",
     "vxlan",
+    "overlay",
     "flannel",
     "calico",
     "ptp",

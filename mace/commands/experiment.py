@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mace.commands.choices import LOADS, PACES
+from mace.commands.choices import EXPERIMENT_RUNTIMES, LOADS, PACES, RUNTIMES
 from mace.commands.console import Console
 from mace.commands.options import (
     JSON,
@@ -21,7 +22,6 @@ from mace.commands.options import (
     with_config,
     with_far_end,
     with_format,
-    with_runtime,
 )
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class Options:
     """Options and arguments of `mace experiment`."""
 
-    runtime: str
+    runtimes: str
     far_end: FarEndOptions
     load: str
     flood: int | None
@@ -53,7 +53,14 @@ class Options:
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of `mace experiment` to the parser."""
-    with_runtime(parser)
+    parser.add_argument(
+        "--runtimes",
+        default=RUNTIMES[0],
+        metavar="LIST",
+        help="container runtimes to measure side by side, each in a lab of its own, of"
+        f" {', '.join(EXPERIMENT_RUNTIMES)} (default %(default)s)",
+    )
+    renamed(parser, "--runtime", "--runtimes")
     with_far_end(parser)
     parser.add_argument(
         "--load", choices=LOADS, default=LOADS[0], help="contention beside the measurement (default %(default)s)"
@@ -143,7 +150,7 @@ def _plan(options: Options, source: str) -> Plan:
         flood=_given(options.flood, 0 if options.quick else plan.FLOODS),
         repetitions=_given(options.repetitions, plan.QUICK_REPETITIONS if options.quick else plan.REPETITIONS),
         count=options.count,
-        runtime=options.runtime,
+        runtimes=tuple(word for word in options.runtimes.split(",") if word),
         source=source,
         far_end=options.far_end.far_end,
         guest_kernel=str(options.far_end.guest_kernel.absolute()) if options.far_end.guest_kernel else "",
@@ -170,10 +177,13 @@ def _measure(options: Options, plan: Plan, found: Results, console: Console, beg
         ring_mib = options.capture.ring_mib or measuring.RING_MIB
         capture = replace(options.capture, source=plan.source, ring_mib=ring_mib)
         more = ("--ring-mib", str(ring_mib), *(("--config", str(options.config)) if options.config else ()))
-        with lab.running(plan.spec()) as place:
-            configured: Config = settings.configured(options.config, capture=capture, place=place)
-            session = settings.session(configured, options.format, console)
-            complete = measuring.Bench(plan, place, session, more).run(found, until_s)
+        with ExitStack() as stack:
+            sites = {}
+            for word, spec in plan.specs().items():
+                place = stack.enter_context(lab.running(spec))
+                configured: Config = settings.configured(options.config, capture=capture, place=place)
+                sites[word] = measuring.Site(place, settings.session(configured, options.format, console))
+            complete = measuring.Bench(plan, sites, more).run(found, until_s)
     for text in _left_out(options, plan, found, interrupted=not complete):
         console.complain(f"mace: {text}")
 
@@ -191,6 +201,6 @@ def _left_out(options: Options, plan: Plan, found: Results, *, interrupted: bool
     if options.quick:
         said.append(
             f"--quick leaves out flooding containers (--flood) and most repetitions: {plan.repetitions} of each pace "
-            "say little about the coverage; other runtimes, sources, far ends and loads are runs of their own"
+            "say little about the coverage; other runtimes (--runtimes), sources, far ends and loads are left out too"
         )
     return said

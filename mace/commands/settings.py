@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -142,8 +142,9 @@ def spec(
     far_end: FarEndOptions | None = None,
     cni: Path | None = None,
     layout: str = lab.Layout.BRIDGE,
+    rps: Sequence[str] = (),
 ) -> lab.Spec:
-    """Return the specification of a lab with that name, shape, far end, and network of plugins or layout.
+    """Return the specification of a lab with that name, shape, far end, network, and CPUs of its receive softirqs.
 
     Raises `UsageError` if the file of the network cannot be read.
     """
@@ -157,6 +158,7 @@ def spec(
         guest_kernel=str(far_end.guest_kernel.absolute()) if far_end and far_end.guest_kernel else "",
         cni=network_text(cni) if cni else "",
         layout=lab.Layout(layout),
+        rps=tuple(rps),
     )
 
 

@@ -43,6 +43,14 @@ def plugin_path() -> str:
     return os.environ.get("CNI_PATH") or DIRECTORIES
 
 
+def plugin_directory(path: str, network: NetworkList) -> str:
+    """Return the first directory of `path` that has all programs of the network, for a runtime that takes only one."""
+    for place in path.split(":"):
+        if all(shutil.which(program, path=place) for program in network.programs):
+            return place
+    raise LabError(f"CNI network {network.name}: no directory of {path} has all of {', '.join(network.programs)}")
+
+
 def problems(spec: Spec) -> list[Unavailable]:
     """Return a reason for each plugin of the lab's network that is not installed."""
     path = plugin_path()

@@ -55,6 +55,11 @@ class NetworkList:
             asked["prevResult"] = previous
         return asked
 
+    def whole(self, directory: Path) -> str:
+        """Return the list as a text for a runtime that calls the plugins itself; `directory` as in `request`."""
+        plugins = [self.request(position, None, directory) for position in range(len(self.plugins))]
+        return json.dumps({"cniVersion": self.version, "name": self.name, "plugins": plugins}, indent=1)
+
 
 def parse(text: str) -> NetworkList:
     """Return the network configuration list in `text`. Raises `UsageError` for anything else."""

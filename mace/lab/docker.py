@@ -1,142 +1,66 @@
-"""The docker runtime: a Docker daemon of the lab's own, inside the lab's host namespace.
+"""The runtimes docker and podman: a daemon of the lab's own, inside the lab's host namespace.
 
-A Docker that the machine runs is neither used nor touched: the lab's daemon and its containerd are separate processes
-with their own sockets, data and cgroup parent. They run in a mount namespace of their own, in which tmpfs mounts cover
-the few paths that are fixed in their code. All their mounts therefore end with their processes, and the clean-up after
-a kill ends the processes, removes the cgroups and removes the directory. A process of a container that is still being
-made (`runc init`) has runc's environment, without the lab's mark; the clean-up finds it in the lab's cgroups.
+Podman's service answers Docker's API, so that both are used alike; what differs is a row of `DAEMONS`. Docker's daemon
+and its containerd, or Podman's service, are the lab's holder (`mace.lab.holder`), with their own sockets, data and
+cgroup parent.
 
 The daemon starts under `nsenter`, because `ip netns exec` mounts a new /sys, in which the daemon finds no cgroups.
-
-No image is pulled: the image is made of the machine's busybox and ping with their libraries.
 """
 
 from __future__ import annotations
 
 import http.client
-import io
 import json
-import os
 import re
-import shutil
-import signal
-import subprocess
-import tarfile
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from collector.machine.processes import start_ticks
 from collector.machine.unix_http import UnixConnection
-from contracts.errors import LabError, Unavailable
-from mace.lab import netns, state
-from mace.lab.plan import HOST, Placement, Spec, bridges
-from mace.lab.state import ID_VARIABLE, MEMBER_VARIABLE, Member, Process, State
+from contracts.errors import LabError
+from mace.lab import holder, image, netns
+from mace.lab.plan import Placement, Runtime, Spec, bridges
+from mace.lab.state import ID_VARIABLE, MEMBER_VARIABLE, Member, State
 
-PROGRAMS: Final = ("dockerd", "containerd", "runc", "iptables", "unshare", "mount", "busybox", "ldd")
 IMAGE: Final = "mace-lab"
 READY_LIMIT_S: Final = 30.0
 """Time for the daemon to start, seconds. It usually answers within half a second; a slow disk delays it."""
-_CGROUPS: Final = Path("/sys/fs/cgroup")
-
-_COVERED: Final = ("/etc/docker", "/run/docker", "/run/containerd")
-"""Paths fixed in the daemons' code: dockerd's key (20.10), and the sockets of its plugins and of containerd's shims."""
-
-_LAUNCH: Final = """
-for path in {covered}; do mount -t tmpfs -o mode=700 tmpfs "$path" || exit 1; done
-containerd --config "$0/containerd.toml" >"$0/containerd.log" 2>&1 &
-exec dockerd --config-file "$0/daemon.json" --ip6tables --experimental >"$0/dockerd.log" 2>&1
-"""
-
-_CONTAINERD_CONFIG: Final = """\
-version = 2
-root = "{directory}/containerd"
-state = "{directory}/containerd-run"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
-[grpc]
-address = "{directory}/containerd.sock"
-[ttrpc]
-address = "{directory}/containerd.sock.ttrpc"
-"""
-
-_started: Final[dict[int, subprocess.Popen[bytes]]] = {}
-"""Daemons that are children of this process, by pid; this process has to reap them."""
 
 
-def problems() -> list[Unavailable]:
-    """Return the reasons why the docker runtime cannot run here; empty if it can."""
-    missing = [program for program in PROGRAMS if netns.find_program(program) is None]
-    return [
-        Unavailable("lab --runtime docker", f"the program {program!r} is missing", netns.remedy_for(program))
-        for program in missing
-    ]
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """What one runtime needs to run its daemon."""
 
-
-def cgroup_parent(lab: str) -> str:
-    """Return the name of the cgroup above the lab's containers, at the top of every hierarchy."""
-    return f"mace-lab-{lab}"
-
-
-def directories_to_make(lab: str) -> list[str]:
-    """Return the covered directories that are missing on this machine, or that another lab has made.
-
-    A Docker of the machine would have made them. The daemons' mount namespaces need them as mount points, and the last
-    lab removes them.
-    """
-    made = {path for other in _others(lab) for path in other.made_directories}
-    return [path for path in _COVERED if path in made or not Path(path).is_dir()]
-
-
-def _others(lab: str) -> list[State]:
-    """Return the other labs that have a Docker daemon."""
-    found = []
-    for name in state.names():
-        with suppress(LabError):  # a damaged state file names no daemon
-            other = state.load(name)
-            if name != lab and other is not None and other.docker_socket:
-                found.append(other)
-    return found
+    programs: tuple[str, ...]
+    covered: tuple[str, ...]
+    """Paths fixed in its code, which the lab's daemon must not share with the machine's."""
+    script: str
+    """Starts it; `$0` is the lab's directory."""
+    configure: Callable[[State], dict[str, str]]
+    """Returns the text of each configuration file by its name in the lab's directory."""
+    logs: tuple[str, ...]
 
 
 def start(record: State) -> None:
     """Start the daemon and load the image; `record` already has the paths of the socket and the directory.
 
-    Raises `Unavailable` if a program is missing, `LabError` if the daemon does not start.
+    Raises `LabError` if the daemon does not start.
     """
-    if found := problems():
-        raise found[0]
-    directory = record.directory
+    kind, directory = DAEMONS[record.spec.runtime], record.directory
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for path in _COVERED:
-        Path(path).mkdir(mode=0o711, exist_ok=True)
-    (directory / "containerd.toml").write_text(_CONTAINERD_CONFIG.format(directory=directory))
-    (directory / "daemon.json").write_text(json.dumps(_daemon_config(record), indent=1))
-    daemon = subprocess.Popen(
-        netns.enter_command(
-            Path(record.members[HOST].path),
-            [
-                *("unshare", "--mount", "--propagation", "slave"),
-                *("sh", "-c", _LAUNCH.format(covered=" ".join(_COVERED)), str(directory)),
-            ],
-        ),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=record.environment(),
-        start_new_session=True,
-    )
-    _started[daemon.pid] = daemon
-    record.daemon = Process(daemon.pid, start_ticks(daemon.pid))
-    record.save()
+    for name, text in kind.configure(record).items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(text)
+    daemon = holder.hold(record, kind.covered, kind.script)
     deadline = time.monotonic() + READY_LIMIT_S
     while not _answers(record):
         if daemon.poll() is not None or time.monotonic() > deadline:
             what = f"exit status {daemon.returncode}" if daemon.returncode is not None else "no answer"
-            raise LabError(f"dockerd: {what}; {_complaint(directory)}")
+            raise LabError(f"{record.spec.runtime}: {what}; {_complaint(record)}")
         time.sleep(0.02)
-    _request(record, "POST", f"/images/create?fromSrc=-&repo={IMAGE}&tag=latest", _image(), "application/x-tar")
+    _request(record, "POST", f"/images/create?fromSrc=-&repo={IMAGE}&tag=latest", image.archive(), "application/x-tar")
 
 
 def create(record: State, place: Placement) -> Member:
@@ -147,16 +71,16 @@ def create(record: State, place: Placement) -> Member:
         "Hostname": place.name,
         # The clean-up recognises the lab's processes by these variables, including those of `docker exec`.
         "Env": [f"{ID_VARIABLE}={record.id}", f"{MEMBER_VARIABLE}={place.name}", "PATH=/bin"],
-        "HostConfig": {"NetworkMode": "bridge"},
+        "HostConfig": {"NetworkMode": "bridge", "CgroupParent": f"/{holder.cgroup_parent(record.spec.name)}"},
     }
     number = _request(record, "POST", f"/containers/create?name={place.name}", json.dumps(body).encode())["Id"]
     _request(record, "POST", f"/containers/{number}/start")
     found = _request(record, "GET", f"/containers/{number}/json")
     network = found["NetworkSettings"]
-    path = handle(record, place.name)
+    path = holder.handle(record, place.name)
     pid = int(found["State"]["Pid"])
     if pid <= 0:
-        raise LabError(f"container {place.name}: ended at once; {_complaint(record.directory)}")
+        raise LabError(f"container {place.name}: ended at once; {_complaint(record)}")
     # The lab keeps its own handle: the pid may later belong to a process in another namespace.
     netns.keep(Path(f"/proc/{pid}/ns/net"), path)
     return Member(
@@ -168,6 +92,13 @@ def create(record: State, place: Placement) -> Member:
     )
 
 
+def command(record: State, member: Member, argv: list[str]) -> list[str]:
+    """Return the command line that runs `argv` in all of a container's namespaces."""
+    url = f"unix://{record.docker_socket}"
+    client = ["docker", "-H", url] if record.spec.runtime is Runtime.DOCKER else ["podman", "--url", url]
+    return [*client, "exec", member.docker_id, *argv]
+
+
 def remove(record: State, member: Member) -> None:
     """Remove one container by force. Raises `LabError`."""
     netns.remove(Path(member.path))
@@ -175,77 +106,10 @@ def remove(record: State, member: Member) -> None:
         _request(record, "DELETE", f"/containers/{member.docker_id}?force=1", allow=(404,))
 
 
-def handle(record: State, name: str) -> Path:
-    """Return the path at which a container's network namespace is mounted.
-
-    It is not in /run/netns, because Docker puts no names there: MACE must find these containers as it finds any others.
-    """
-    return record.directory / f"netns-{name}"
-
-
-def clean(record: State, limit_s: float = 5.0) -> None:
-    """Remove the lab's namespace handles, directory and cgroups after its processes have ended. Raises `LabError`."""
-    if record.daemon is not None and (child := _started.pop(record.daemon.pid, None)) is not None:
-        child.wait()
-    directory = record.directory
-    if directory.is_dir():
-        for path in directory.glob("netns-*"):
-            netns.remove(path)
-    deadline = time.monotonic() + limit_s
-    while left := _left(record):
-        for path in left:
-            if _CGROUPS in path.parents:
-                _end_processes(path)
-            _remove_tree(path)
-        if time.monotonic() > deadline:
-            raise LabError(f"cannot remove {', '.join(map(str, left))}")
-        time.sleep(0.01)  # the kernel empties cgroups after the end of their processes
-    # Removing a directory also unmounts it in every mount namespace, so it stays while another lab's daemon runs.
-    if not _others(record.spec.name):
-        for made in record.made_directories:
-            _try_rmdir(Path(made))
-
-
-def _left(record: State) -> list[Path]:
-    name = cgroup_parent(record.spec.name)
-    places = [record.directory, _CGROUPS / name, *_CGROUPS.glob(f"*/{name}")]
-    return [path for path in places if path.is_dir()]
-
-
-def _end_processes(cgroup: Path) -> None:
-    """Kill the processes of a cgroup and those below, also if runc was killed between freezing and thawing them."""
-    for inside in (cgroup, *cgroup.rglob("*/")):
-        for control, thawed in (("freezer.state", "THAWED"), ("cgroup.freeze", "0")):
-            with suppress(OSError):  # no such control in this hierarchy, or the cgroup has just gone
-                (inside / control).write_text(thawed)
-        with suppress(OSError):
-            for line in (inside / "cgroup.procs").read_text().split():
-                # 0 stands for a process of another PID namespace; kill(0) would signal our own process group.
-                if (pid := int(line)) > 0:
-                    os.kill(pid, signal.SIGKILL)
-
-
-def _remove_tree(path: Path) -> None:
-    if _CGROUPS in path.parents:
-        # In a cgroup file system only empty directories can be removed, from the bottom up; their files go with them.
-        for inner in sorted(path.rglob("*/"), reverse=True):
-            _try_rmdir(inner)
-        _try_rmdir(path)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _try_rmdir(path: Path) -> None:
-    try:
-        path.rmdir()
-    except OSError:  # not empty, or a cgroup that the kernel still uses: `clean` retries until its time limit
-        return
-
-
-def _daemon_config(record: State) -> dict[str, Any]:
+def _docker_files(record: State) -> dict[str, str]:
     directory, spec = record.directory, record.spec
     bridge = bridges(Spec(name=spec.name))[0]
-    return {
+    config: dict[str, Any] = {
         "hosts": [f"unix://{record.docker_socket}"],
         "containerd": f"{directory}/containerd.sock",
         "data-root": f"{directory}/data",
@@ -255,23 +119,50 @@ def _daemon_config(record: State) -> dict[str, Any]:
         "bip": str(bridge.ipv4),
         "ipv6": True,
         "fixed-cidr-v6": str(bridge.ipv6.network),
-        "cgroup-parent": f"/{cgroup_parent(spec.name)}",
+        "cgroup-parent": f"/{holder.cgroup_parent(spec.name)}",
         # The systemd driver would leave the lab's cgroups to the machine's init.
         "exec-opts": ["native.cgroupdriver=cgroupfs"],
     }
+    return {
+        "containerd.toml": _CONTAINERD_CONFIG.format(directory=directory),
+        "daemon.json": json.dumps(config, indent=1),
+    }
 
 
-def _complaint(directory: Path) -> str:
-    """Return the last error line of the daemons' logs."""
-    for name in ("dockerd.log", "containerd.log"):
+def _podman_files(record: State) -> dict[str, str]:
+    directory, bridge = record.directory, bridges(Spec(name=record.spec.name))[0]
+    # The network that Podman has without a configuration, with the lab's addresses.
+    network = {
+        "name": "podman",
+        "id": "2f259bab93aaaaa2542ba43ef33eb990d0999ee1b9924b557b7be53c0b7a1bb9",
+        "driver": "bridge",
+        "network_interface": "podman0",
+        "created": "2000-01-01T00:00:00Z",
+        "subnets": [{"subnet": str(each.network), "gateway": str(each.ip)} for each in (bridge.ipv4, bridge.ipv6)],
+        "ipv6_enabled": True,
+        "internal": False,
+        "dns_enabled": False,
+        "ipam_options": {"driver": "host-local"},
+    }
+    return {
+        "containers.conf": _CONTAINERS_CONF.format(directory=directory),
+        "storage.conf": _STORAGE_CONF.format(directory=directory),
+        "networks/podman.json": json.dumps(network, indent=1),
+    }
+
+
+def _complaint(record: State) -> str:
+    """Return the last error line of the daemon's logs."""
+    logs = DAEMONS[record.spec.runtime].logs
+    for name in logs:
         try:
-            lines = (directory / name).read_text(errors="replace").splitlines()
+            lines = (record.directory / name).read_text(errors="replace").splitlines()
         except OSError:
             continue
-        bad = [line for line in lines if re.search(r"level=(error|fatal)|^failed|^unable", line, re.I)]
+        bad = [line for line in lines if re.search(r"level=(error|fatal)|^failed|^unable|^error", line, re.I)]
         if bad:
             return f"{name}: {bad[-1]}"
-    return f"no error in dockerd.log and containerd.log in {directory}"
+    return f"no error in {' and '.join(logs)} in {record.directory}"
 
 
 def _answers(record: State) -> bool:
@@ -302,50 +193,73 @@ def _request(
         response = connection.getresponse()
         answer = response.read()
     except (OSError, http.client.HTTPException) as error:
-        raise LabError(f"dockerd: {method} {path.partition('?')[0]}: {error}") from error
+        raise LabError(f"{record.spec.runtime}: {method} {path.partition('?')[0]}: {error}") from error
     finally:
         connection.close()
     if response.status >= 400 and response.status not in allow:
-        raise LabError(f"dockerd: {method} {path.partition('?')[0]}: {answer.decode(errors='replace').strip()}")
+        raise LabError(
+            f"{record.spec.runtime}: {method} {path.partition('?')[0]}: {answer.decode(errors='replace').strip()}"
+        )
     if response.headers.get_content_type() != "application/json":
         return answer
     lines = answer.splitlines()  # image import answers with a stream of objects
     last = json.loads(lines[-1]) if lines else {}
     if isinstance(last, dict) and "error" in last:
-        raise LabError(f"dockerd: {last['error']}")
+        raise LabError(f"{record.spec.runtime}: {last['error']}")
     return last
 
 
-def _image() -> bytes:
-    """Return a root file system as a tar archive: busybox, ping, and the libraries that they need."""
-    files: dict[str, Path] = {}
-    for program in ("busybox", "ping"):
-        found = netns.find_program(program)
-        if found is None:
-            raise Unavailable("lab --runtime docker", f"the program {program!r} is missing", netns.remedy_for(program))
-        files[f"bin/{program}"] = Path(found)
-        for library in _libraries(found):
-            files[str(library).lstrip("/")] = library
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for directory in ("proc", "sys", "dev", "etc", "tmp"):
-            entry = tarfile.TarInfo(directory)
-            entry.type, entry.mode = tarfile.DIRTYPE, 0o755
-            archive.addfile(entry)
-        for name, source in files.items():
-            content = source.read_bytes()
-            entry = tarfile.TarInfo(name)
-            entry.size, entry.mode = len(content), 0o755
-            archive.addfile(entry, io.BytesIO(content))
-        for applet in ("sh", "sleep", "ls", "cat", "ip", "nc", "wget"):
-            entry = tarfile.TarInfo(f"bin/{applet}")
-            entry.type, entry.linkname = tarfile.SYMTYPE, "busybox"
-            archive.addfile(entry)
-    return buffer.getvalue()
+_CONTAINERD_CONFIG: Final = """\
+version = 2
+root = "{directory}/containerd"
+state = "{directory}/containerd-run"
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
+[grpc]
+address = "{directory}/containerd.sock"
+[ttrpc]
+address = "{directory}/containerd.sock.ttrpc"
+"""
+_CONTAINERS_CONF: Final = """\
+[containers]
+# Podman's own limits are above the machine's where the lab runs in a container.
+default_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]
+[engine]
+runtime = "runc"
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+tmp_dir = "{directory}/tmp"
+[network]
+network_backend = "netavark"
+network_config_dir = "{directory}/networks"
+"""
+_STORAGE_CONF: Final = """\
+[storage]
+driver = "overlay"
+graphroot = "{directory}/data"
+runroot = "{directory}/run"
+"""
 
-
-def _libraries(program: str) -> list[Path]:
-    env: Mapping[str, str] = {"PATH": netns.search_path(), "LC_ALL": "C"}
-    done = subprocess.run(["ldd", program], capture_output=True, text=True, env=env, check=False, timeout=10)
-    # `libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x...)`, `/lib64/ld-linux-x86-64.so.2 (0x...)`; nothing if static
-    return [Path(name) for name in re.findall(r"(/\S+) \(0x", done.stdout)]
+DAEMONS: Final[dict[Runtime, Daemon]] = {
+    Runtime.DOCKER: Daemon(
+        programs=("dockerd", "containerd", "runc", "iptables", "unshare", "mount"),
+        # dockerd's key (20.10), and the sockets of its plugins and of containerd's shims
+        covered=("/etc/docker", "/run/docker", "/run/containerd"),
+        script="""
+containerd --config "$0/containerd.toml" >"$0/containerd.log" 2>&1 &
+exec dockerd --config-file "$0/daemon.json" --ip6tables --experimental >"$0/dockerd.log" 2>&1
+""",
+        configure=_docker_files,
+        logs=("dockerd.log", "containerd.log"),
+    ),
+    Runtime.PODMAN: Daemon(
+        programs=("podman", "conmon", "runc", "iptables", "unshare", "mount"),
+        # netavark's addresses, image caches, network namespaces, and locks in shared memory
+        covered=("/run/containers", "/var/lib/containers", "/run/netns", "/dev/shm"),  # noqa: S108
+        script="""
+export CONTAINERS_CONF="$0/containers.conf" CONTAINERS_STORAGE_CONF="$0/storage.conf"
+exec podman system service --time 0 "unix://$0/docker.sock" >"$0/podman.log" 2>&1
+""",
+        configure=_podman_files,
+        logs=("podman.log",),
+    ),
+}

@@ -1,12 +1,13 @@
 """Networks laid out as well-known CNI implementations lay them out, built with `ip` and without their agents.
 
+    overlay   eth0 ─ veth ─ bridge ─ VXLAN over out0     the same on a second host, to the far end's eth0, 192.0.2.2
     flannel   eth0 ─ veth ─ bridge ─ VXLAN over out0     the far end is a pod of the other node, 192.0.2.2
     calico    eth0 ─ veth ─ out0                         no bridge: a route to each pod, proxy ARP at its veth
     ptp       eth0 ─ veth ─ out0                         the gateway's address at each veth, and policy routes
     cilium    eth0 ─ veth ─ out0                         as calico, and tc programs forward IPv4 past the host's stack
 
-The addresses are those of `plan`; only flannel's other node has addresses of its own. Between pods and the far end no
-layout translates addresses: the remote has routes back.
+The addresses are those of `plan`; the other node of overlay and flannel has addresses of its own. Between pods and the
+far end no layout translates addresses: the remote has routes back.
 """
 
 from __future__ import annotations
@@ -21,24 +22,29 @@ from typing import Final
 from contracts.errors import LabError
 from mace.lab import netns, network
 from mace.lab.plan import (
+    FAR_POD,
     HOST,
+    HOST2,
     INNER_DEVICE,
-    OVERLAY,
     REMOTE,
+    TUNNELED,
     Layout,
     Placement,
     Spec,
     bridge_networks,
     bridges,
     device_tag,
+    far_host,
     netns_name,
     outer_device,
     remote_device,
+    vxlan_device,
     wire,
 )
 
-_NODE: Final = {HOST: "02:42:c0:00:02:01", REMOTE: "02:42:c0:00:02:02"}
-"""MAC addresses of the two VXLAN devices: flannel's daemon writes the other node's into each node's tables."""
+_NODE: Final = ("02:42:c0:00:02:01", "02:42:c0:00:02:02")
+"""MAC addresses of the two VXLAN devices, the lab's host first: flannel's daemon writes each into the other node's
+tables."""
 _VXLAN_PORT: Final = 8472
 """The kernel's default port, which flannel uses."""
 _VXLAN_BYTES: Final = 50
@@ -60,17 +66,26 @@ _REDIRECTING: Final = Path(__file__).with_name("redirecting.py")
 
 def programs(layout: Layout) -> tuple[str, ...]:
     """Return the programs that the layout needs besides those of every lab."""
-    return {Layout.FLANNEL: ("bridge",), Layout.CILIUM: ("tc", "unshare", "mount")}.get(layout, ())
+    return {
+        Layout.OVERLAY: ("bridge",),
+        Layout.FLANNEL: ("bridge",),
+        Layout.CILIUM: ("tc", "unshare", "mount"),
+    }.get(layout, ())
 
 
 def build_host(spec: Spec, env: Mapping[str, str]) -> None:
     """Make what the layout has in the host's and the remote's namespaces before there are containers."""
-    if spec.layout is Layout.FLANNEL:
+    if spec.layout in TUNNELED:
         network.build_bridges(spec, env)
-        for member, other in ((HOST, REMOTE), (REMOTE, HOST)):
-            network.batch(spec.name, member, _overlay(spec, member, other), env)
-            entry = [_NODE[other], "dev", _overlay_device(spec), "dst", str(wire(other)[0].ip), "self", "permanent"]
+        nodes = (HOST, far_host(spec.layout))
+        for number, member in enumerate(nodes):
+            other = nodes[1 - number]
+            device = vxlan_device(spec.name, second=number == 1)
+            network.batch(spec.name, member, _tunnel(spec, member, device), env)
+            entry = [_NODE[1 - number], "dev", device, "dst", str(wire(other)[0].ip), "self", "permanent"]
             network.run(spec.name, member, ["bridge", "fdb", "add", *entry], env)
+        if spec.layout is Layout.OVERLAY:
+            _second_bridge(spec, env)
         return
     (host4, host6), far = wire(HOST), remote_device(spec.name)
     net4, net6 = bridge_networks()
@@ -86,7 +101,7 @@ def build_host(spec: Spec, env: Mapping[str, str]) -> None:
 
 def build_container(spec: Spec, place: Placement, env: Mapping[str, str]) -> None:
     """Make the pair of one container, whose namespace exists, and its addresses and routes on both sides."""
-    if spec.layout is Layout.FLANNEL:
+    if spec.layout in TUNNELED:
         network.build_container(spec, place, env)
         mtu = 1500 - _VXLAN_BYTES
         network.batch(spec.name, HOST, [f"link set dev {place.veth} mtu {mtu}"], env)
@@ -126,32 +141,61 @@ def remove_container(spec: Spec, place: Placement, env: Mapping[str, str]) -> No
             _redirect(spec, place, "del", env)
 
 
-def _overlay_device(spec: Spec) -> str:
-    return f"vx{device_tag(spec.name)}"
-
-
-def _overlay(spec: Spec, member: str, other: str) -> list[str]:
+def _tunnel(spec: Spec, member: str, device: str) -> list[str]:
     """Return the commands for one end of the tunnel, with the tables that flannel's daemon writes on each node."""
-    device, under = _overlay_device(spec), wire(member)[0]
+    under, number = wire(member)[0], 0 if member == HOST else 1
     bridge = bridges(spec)[0]
     here = (bridge.ipv4.network, bridge.ipv6.network)
     there = tuple(each.network for each in _OTHER_NODE)
     own, far = (here, there) if member == HOST else (there, here)
     tunnel = f"type vxlan id 1 local {under.ip} dstport {_VXLAN_PORT} nolearning"
-    # On the other node, the far end stands for the node's pod, and answers under the pod's address.
-    pod = OVERLAY if member == REMOTE else ()
+    # With flannel the other node's device stands for a pod of it, and answers under the pod's address.
+    pod = FAR_POD if member == REMOTE else ()
     source4, source6 = (f"src {address}" for address in pod) if pod else ("", "")
     return [
-        f"link add name {device} address {_NODE[member]} {tunnel}",
+        f"link add name {device} address {_NODE[number]} {tunnel}",
         f"link set dev {device} addrgenmode none up",
         *(f"addr add {address}/{address.max_prefixlen} dev {device} nodad" for address in pod),
         f"addr add {own[0].network_address}/32 dev {device}",
         f"addr add {own[1].network_address}/128 dev {device} nodad",
-        f"neigh add {far[0].network_address} lladdr {_NODE[other]} dev {device} nud permanent",
-        f"neigh add {far[1].network_address} lladdr {_NODE[other]} dev {device} nud permanent",
+        f"neigh add {far[0].network_address} lladdr {_NODE[1 - number]} dev {device} nud permanent",
+        f"neigh add {far[1].network_address} lladdr {_NODE[1 - number]} dev {device} nud permanent",
         f"route add {far[0]} via {far[0].network_address} dev {device} onlink {source4}",
         f"route add {far[1]} via {far[1].network_address} dev {device} onlink {source6}",
     ]
+
+
+def _second_bridge(spec: Spec, env: Mapping[str, str]) -> None:
+    """Make the second host's bridge, and the far end's pair on it."""
+    bridge, veth = f"br{device_tag(spec.name)}-2", f"veth{device_tag(spec.name)}-far"
+    mtu = 1500 - _VXLAN_BYTES
+    gateways = tuple(each.ip + 1 for each in _OTHER_NODE)
+    lengths = tuple(each.network.prefixlen for each in _OTHER_NODE)
+    inner = netns_name(spec.name, REMOTE)
+    network.make_router(spec.name, HOST2)
+    network.batch(
+        spec.name,
+        HOST2,
+        [
+            f"link add name {bridge} type bridge stp_state 0 forward_delay 0",
+            f"link set dev {bridge} up",
+            *(f"addr add {a}/{n} dev {bridge} nodad" for a, n in zip(gateways, lengths, strict=True)),
+            f"link add name {veth} mtu {mtu} type veth peer name {INNER_DEVICE} mtu {mtu} netns {inner}",
+            f"link set dev {veth} master {bridge} addrgenmode none up",
+        ],
+        env,
+    )
+    network.prepare_container(spec.name, REMOTE, env)
+    network.batch(
+        spec.name,
+        REMOTE,
+        [
+            f"link set dev {INNER_DEVICE} up",
+            *(f"addr add {a}/{n} dev {INNER_DEVICE} nodad" for a, n in zip(FAR_POD, lengths, strict=True)),
+            *(f"route add default via {gateway} dev {INNER_DEVICE}" for gateway in gateways),
+        ],
+        env,
+    )
 
 
 def _proxied(place: Placement) -> tuple[dict[str, list[str]], list[str]]:

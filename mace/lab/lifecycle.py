@@ -21,7 +21,8 @@ from typing import IO, Any, Final
 from collector.machine.kernel import boot_id
 from contracts.config import CaptureConfig
 from contracts.errors import LabError, Unavailable, UsageError, nearest
-from mace.lab import cni, cni_list, docker, guest, layouts, netns, network, plan, state
+from mace.lab import cni, cni_list, engines, guest, holder, layouts, netns, network, plan, state
+from mace.lab.engines import ENGINES
 from mace.lab.plan import HOST, REMOTE, Family, FarEnd, Layout, Runtime, Spec
 from mace.lab.state import Member, State
 from mace.lab.traffic import Traffic
@@ -60,11 +61,11 @@ class Lab(Traffic):
 
     @property
     def containers(self) -> tuple[str, ...]:
-        return tuple(name for name in self._state.members if name not in (HOST, REMOTE))
+        return tuple(name for name in self._state.members if name not in plan.NO_CONTAINERS)
 
     @property
     def members(self) -> tuple[str, ...]:
-        """Names of all members: `host`, `remote` and the containers."""
+        """Names of all members: `host`, `host2` of the layout overlay, `remote` and the containers."""
         return tuple(self._state.members)
 
     @property
@@ -74,7 +75,7 @@ class Lab(Traffic):
 
     @property
     def docker_socket(self) -> Path | None:
-        """Path of the API socket of the lab's Docker daemon; None for the netns runtime."""
+        """Path of the API socket of the lab's Docker daemon or Podman service; None for the other runtimes."""
         return Path(self._state.docker_socket) if self._state.docker_socket else None
 
     def netns_path(self, member: str) -> Path:
@@ -89,6 +90,8 @@ class Lab(Traffic):
         """Description of a network that CNI plugins have made, or of a layout; "" for the lab's own."""
         if self.spec.layout is not Layout.BRIDGE:
             return f"layout {self.spec.layout}, far end {self.address(REMOTE)}"
+        if any(self.shares_host(name) for name in self.containers):
+            return f"{', '.join(self.containers)} share the host's network, which adds nothing to their packets"
         if not self.spec.cni:
             return ""
         made = cni_list.parse(self.spec.cni)
@@ -108,10 +111,10 @@ class Lab(Traffic):
         return f"far end {plan.wire(REMOTE)[0].ip}: a virtual machine, {how}, Linux {found.release}"
 
     def address(self, member: str, family: Family = 4) -> str:
-        if member == REMOTE and self.spec.layout is Layout.FLANNEL:
-            return str(plan.OVERLAY[family == 6])
-        if member == REMOTE:
+        if member == REMOTE and REMOTE not in self._state.members:  # in a virtual machine
             return str(plan.wire(REMOTE)[family == 6].ip)
+        if self.shares_host(member):
+            return str(plan.wire(HOST)[family == 6].ip)
         found = self._member(member)
         address = found.ipv4 if family == 4 else found.ipv6
         if not address:
@@ -121,6 +124,8 @@ class Lab(Traffic):
     def families(self, member: str) -> tuple[Family, ...]:
         """Return the IP versions of which the member has an address. Raises `UsageError` for an unknown member."""
         found = self._member(member)
+        if self.shares_host(member):
+            return self.families(HOST)
         both: tuple[tuple[Family, str], ...] = ((4, found.ipv4), (6, found.ipv6))
         return tuple(family for family, address in both if address)
 
@@ -130,6 +135,20 @@ class Lab(Traffic):
         if netns.inode(path) != self.netns_inode(member):
             raise LabError(f"lab {self.name!r}: the namespace of {member} is gone ({path})")
         return netns.enter_command(path, argv)
+
+    def inside(self, member: str, argv: list[str]) -> list[str]:
+        """Return the command line that runs `argv`, a program of its image, in all namespaces of a container.
+
+        For a member without a runtime, it runs in the member's network namespace alone.
+        """
+        engine, found = ENGINES.get(self.spec.runtime), self._member(member)
+        if engine is None or member in plan.NO_CONTAINERS:
+            return self.command(member, argv)
+        return engine.command(self._state, found, argv)
+
+    def shares_host(self, member: str) -> bool:
+        """Return whether a container is in the host's network namespace."""
+        return member != HOST and self.netns_inode(member) == self.netns_inode(HOST)
 
     def environment(self, member: str) -> dict[str, str]:
         """Return the environment that marks a process as the member's, so that it ends with the member."""
@@ -193,7 +212,7 @@ class Lab(Traffic):
     def remove_container(self, name: str) -> None:
         """Remove a container and end its processes. Its name and addresses can be used again."""
         with self._changing():
-            if name in (HOST, REMOTE):
+            if name in plan.NO_CONTAINERS:
                 raise UsageError(f"{name} is no container")
             self._member(name)
             _remove_member(self._state, name)
@@ -246,8 +265,8 @@ def check(spec: Spec | None = None) -> list[Unavailable]:
         for program in ("ip", "nft", "nsenter", "ping", *(layouts.programs(spec.layout) if spec else ()))
         if netns.find_program(program) is None
     ]
-    if spec is not None and spec.runtime is Runtime.DOCKER:
-        found += docker.problems()
+    if spec is not None:
+        found += engines.problems(spec) + network.rps_problems(spec)
     if spec is not None and spec.cni:
         found += cni.problems(spec)
     if spec is not None and spec.far_end is FarEnd.GUEST:
@@ -281,16 +300,15 @@ def up(spec: Spec, *, detached: bool = True) -> Lab:
         _remove_strays(spec.name)
 
         record = State(spec, owner=None if detached else state.this_process())
-        for member in _ends(spec):
-            ipv4, ipv6 = plan.wire(member)
+        for member, (ipv4, ipv6) in plan.ends(spec).items():
             path = netns.NETNS_DIR / plan.netns_name(spec.name, member)
-            record.members[member] = Member(str(path), ipv4=str(ipv4.ip), ipv6=str(ipv6.ip))
+            record.members[member] = Member(str(path), ipv4=ipv4, ipv6=ipv6)
         places = [plan.place(spec, name, slot) for slot, name in enumerate(plan.container_names(spec))]
         for place in places:
             record.members[place.name] = _planned(record, place)
-        if spec.runtime is Runtime.DOCKER:
-            record.docker_socket = str(record.directory / "docker.sock")
-            record.made_directories = docker.directories_to_make(spec.name)
+        if (engine := ENGINES.get(spec.runtime)) is not None:
+            record.made_directories = holder.directories_to_make(spec.name, engine.covered)
+            record.docker_socket = str(record.directory / "docker.sock") if engine.has_api else ""
         if spec.cni:
             record.cni_path = cni.plugin_path()
         record.save()
@@ -313,7 +331,7 @@ def capture_of(capture: CaptureConfig, place: Lab) -> CaptureConfig:
         capture,
         host_netns=str(place.netns_path(plan.HOST)),
         outer=(place.outer_device,),
-        remote_netns=(place.netns_path(REMOTE).name,) if REMOTE in place.members else (),
+        remote_netns=tuple(place.netns_path(m).name for m in (plan.HOST2, REMOTE) if m in place.members),
         container_sockets=(*capture.container_sockets, *sockets),
     )
 
@@ -363,14 +381,14 @@ def list_labs() -> list[LabInfo]:
         if record is None:
             infos.append(LabInfo(name, "broken", "", (), "no state file"))
             continue
-        members = tuple(member for member in record.members if member not in (HOST, REMOTE))
+        members = tuple(member for member in record.members if member not in plan.NO_CONTAINERS)
         why = _trouble(record)
         owner = record.owner
         status, detail = "up", f"held by process {owner.pid}" if owner and not why else ""
         if why:
             busy = state.is_locked(name) and record.phase != state.UP
             status, detail = (record.phase, "") if busy else ("broken", why)
-        runtime = "cni" if record.spec.cni else record.spec.runtime.value
+        runtime = "cni" if record.spec.cni and record.spec.runtime is Runtime.NETNS else record.spec.runtime.value
         infos.append(LabInfo(name, status, runtime, members, detail))
     return infos
 
@@ -394,47 +412,50 @@ def _pipes(process: subprocess.Popen[str]) -> list[IO[str]]:
 
 
 def _planned(record: State, place: plan.Placement) -> Member:
-    if record.spec.runtime is Runtime.DOCKER:  # Docker assigns addresses itself
-        return Member(str(docker.handle(record, place.name)), slot=place.slot)
+    if ENGINES.get(record.spec.runtime) is not None:  # runtimes assign addresses themselves
+        return Member(str(holder.handle(record, place.name)), slot=place.slot)
     path = netns.NETNS_DIR / plan.netns_name(record.spec.name, place.name)
     if record.spec.cni:  # so do CNI plugins
         return Member(str(path), slot=place.slot)
     return Member(str(path), slot=place.slot, ipv4=str(place.ipv4.ip), ipv6=str(place.ipv6.ip))
 
 
-def _ends(spec: Spec) -> tuple[str, ...]:
-    """Return the members at the ends of the wire that are namespaces of this machine."""
-    return (HOST,) if spec.far_end is FarEnd.GUEST else (HOST, REMOTE)
-
-
 def _create_host(record: State) -> None:
     env = record.environment()
-    ends = _ends(record.spec)
+    ends = plan.ends(record.spec)
     names = [plan.netns_name(record.spec.name, member) for member in ends]
     network.add_namespaces(names, env)
     _note_inodes(record, ends)
-    network.build_wire(record.spec.name, record.spec.far_end, env)
+    network.build_wire(record.spec, env)
     if record.spec.far_end is FarEnd.GUEST:
         guest.start(record)
-    if record.spec.runtime is Runtime.DOCKER:
-        docker.start(record)
-    elif record.spec.cni:
+    engine = ENGINES.get(record.spec.runtime)
+    if record.spec.cni:
         network.route_back(record.spec.name, env)
+    if engine is not None:
+        engine.start(record)
+    elif record.spec.cni:
+        pass  # the plugins make everything, container by container
     elif record.spec.layout is Layout.BRIDGE:
         network.build_bridges(record.spec, env)
     else:
         layouts.build_host(record.spec, env)
+    for kind, cpus in plan.rps_masks(record.spec).items():
+        if kind != "veth":
+            device = {"outer": plan.outer_device, "vxlan": plan.vxlan_device}[kind](record.spec.name)
+            network.spread_softirqs(record.spec.name, device, cpus, env)
 
 
 def _create_containers(record: State, places: list[plan.Placement]) -> None:
-    if record.spec.runtime is Runtime.DOCKER:
+    if (engine := ENGINES.get(record.spec.runtime)) is not None:
         for place in places:
-            record.members[place.name] = docker.create(record, place)
+            record.members[place.name] = engine.create(record, place)
         _note_inodes(record, [place.name for place in places])
         return
     env = record.environment()
     network.add_namespaces([plan.netns_name(record.spec.name, place.name) for place in places], env)
     _note_inodes(record, [place.name for place in places])
+    rps = plan.rps_masks(record.spec)
     for place in places:
         if record.spec.cni:
             network.prepare_container(record.spec.name, place.name, env)
@@ -443,6 +464,8 @@ def _create_containers(record: State, places: list[plan.Placement]) -> None:
             network.build_container(record.spec, place, env)
         else:
             layouts.build_container(record.spec, place, env)
+        if "veth" in rps:
+            network.spread_softirqs(record.spec.name, place.veth, rps["veth"], env)
 
 
 def _note_inodes(record: State, members: Any) -> None:
@@ -457,8 +480,8 @@ def _remove_member(record: State, name: str) -> None:
     member = record.members[name]
     path = Path(member.path)
     state.kill(record.id, name)
-    if record.spec.runtime is Runtime.DOCKER:
-        docker.remove(record, member)
+    if (engine := ENGINES.get(record.spec.runtime)) is not None:
+        engine.remove(record, member)
     else:
         if record.spec.cni:
             cni.delete(record, name)
@@ -478,13 +501,13 @@ def _clean(record: State) -> None:
     state.kill(record.id)
     if record.spec.cni:
         for name in record.members:
-            cni.delete(record, name)
+            cni.delete(record, name)  # nothing for containers whose runtime calls the plugins
     _remove_namespaces(record.spec.name, env)
     # Again, because an `ip netns add` may have finished after its parent was killed and before it was killed itself.
     state.kill(record.id)
     _remove_namespaces(record.spec.name, env)
     guest.clean(record)
-    docker.clean(record)
+    holder.clean(record)
     record.forget()
 
 
@@ -530,7 +553,7 @@ def _trouble(record: State) -> str:
     if record.owner is not None and not record.owner.alive():
         return f"its process {record.owner.pid} has ended"
     if record.daemon is not None and not record.daemon.alive():
-        return "its Docker daemon has ended"
+        return f"{ENGINES[record.spec.runtime].holder} has ended"
     if record.guest is not None and not record.guest.process.alive():
         return "its far end, a virtual machine, has ended"
     for name, member in record.members.items():

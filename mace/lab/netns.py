@@ -152,6 +152,8 @@ _PACKAGES: Final = {
     "containerd": "docker.io",
     "runc": "docker.io",
     "iptables": "iptables",
+    "podman": "podman netavark",
+    "conmon": "conmon",
     "busybox": "busybox-static",
     "ldd": "libc-bin",
     "qemu-system-x86_64": "qemu-system-x86",
@@ -160,6 +162,8 @@ _PACKAGES: Final = {
 
 def remedy_for(program: str) -> str:
     """Return the command that installs a missing program."""
+    if program == "apptainer":
+        return "install Apptainer from https://apptainer.org; of Debian's releases only unstable has it"
     return f"apt-get install {_PACKAGES.get(program, program)}"
 
 

@@ -13,6 +13,9 @@ Two bridges with equal addresses need three things in the host namespace, for IP
 
 from __future__ import annotations
 
+import functools
+import operator
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -29,9 +32,11 @@ from mace.lab.plan import (
     Spec,
     bridge_networks,
     bridges,
+    far_host,
     netns_name,
     outer_device,
     remote_device,
+    rps_masks,
     wire,
 )
 
@@ -89,19 +94,16 @@ def problems(env: Mapping[str, str]) -> list[Unavailable]:
     return found
 
 
-def build_wire(lab: str, far_end: FarEnd, env: Mapping[str, str]) -> None:
-    """Make the host's outer device, its default route: one end of a veth pair to the remote, or a tap device.
+def build_wire(spec: Spec, env: Mapping[str, str]) -> None:
+    """Make the host's outer device, its default route: one end of a veth pair to the far host, or a tap device.
 
     The namespaces exist; a guest opens the tap device.
     """
-    host = _path(lab, HOST)
+    lab, far_member = spec.name, far_host(spec.layout)
     outer, far = outer_device(lab), remote_device(lab)
-    host_sysctls = dict(_HOST_SYSCTLS)
-    if netns.enter(host, lambda: Path("/proc/sys/net/bridge").is_dir()):
-        host_sysctls |= _BRIDGE_NETFILTER
-    netns.write_sysctls(host, host_sysctls)
-    guest = far_end is FarEnd.GUEST
-    pair = f"link add name {outer} type veth peer name {far} netns {netns_name(lab, REMOTE)}"
+    make_router(lab, HOST)
+    guest = spec.far_end is FarEnd.GUEST
+    pair = f"link add name {outer} type veth peer name {far} netns {netns_name(lab, far_member)}"
     (host4, host6), (remote4, remote6) = wire(HOST), wire(REMOTE)
     batch(
         lab,
@@ -119,10 +121,10 @@ def build_wire(lab: str, far_end: FarEnd, env: Mapping[str, str]) -> None:
     )
     if guest:
         return
-    netns.write_sysctls(_path(lab, REMOTE), _MEMBER_SYSCTLS)
+    netns.write_sysctls(_path(lab, far_member), _MEMBER_SYSCTLS)
     batch(
         lab,
-        REMOTE,
+        far_member,
         [
             "link set lo up",
             f"link set dev {far} up",
@@ -131,6 +133,39 @@ def build_wire(lab: str, far_end: FarEnd, env: Mapping[str, str]) -> None:
         ],
         env,
     )
+
+
+def make_router(lab: str, member: str) -> None:
+    """Let a member forward packets, and show bridged frames to the IP hooks as a host that runs Docker does."""
+    sysctls, path = dict(_HOST_SYSCTLS), _path(lab, member)
+    if netns.enter(path, lambda: Path("/proc/sys/net/bridge").is_dir()):
+        sysctls |= _BRIDGE_NETFILTER
+    netns.write_sysctls(path, sysctls)
+
+
+def rps_problems(spec: Spec) -> list[Unavailable]:
+    """Return why receive softirqs cannot be spread here as the lab's specification says; empty if they can."""
+    wanted, cpus = functools.reduce(operator.or_, rps_masks(spec).values(), 0), os.cpu_count() or 1
+    if wanted and not Path("/proc/sys/net/core/rps_sock_flow_entries").exists():
+        return [Unavailable("lab --rps", "this kernel has no CONFIG_RPS", "use a kernel that has it, as Debian's")]
+    if wanted >> cpus:
+        return [Unavailable("lab --rps", f"CPU {wanted.bit_length() - 1} does not exist", f"name CPUs 0 to {cpus - 1}")]
+    return []
+
+
+def spread_softirqs(lab: str, device: str, cpus: int, env: Mapping[str, str]) -> None:
+    """Let the CPUs of a mask run the receive softirq of a device of the host (RPS). Raises `LabError`.
+
+    The device's files are in a /sys of its namespace, which is mounted for this alone.
+    """
+    script = (
+        'mount -t sysfs none /sys && for queue in /sys/class/net/"$0"/queues/rx-*; do'
+        ' echo "$1" >"$queue/rps_cpus" || exit 1; done'
+    )
+    words = f"{cpus:x}"
+    groups = [words[max(0, at - 8) : at] for at in range(len(words), 0, -8)]  # 32 bits each, separated by commas
+    argv = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, device, ",".join(reversed(groups))]
+    run(lab, HOST, argv, env)
 
 
 def build_bridges(spec: Spec, env: Mapping[str, str]) -> None:

@@ -20,14 +20,18 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6
 from typing import Final, Literal
 from zlib import crc32
 
-from contracts.errors import UsageError
+from contracts.errors import UsageError, nearest
 from mace.lab import cni_list
 
 Family = Literal[4, 6]
 """IP version."""
 
 HOST: Final = "host"
+HOST2: Final = "host2"
+"""The second host of the layout overlay."""
 REMOTE: Final = "remote"
+NO_CONTAINERS: Final = (HOST, HOST2, REMOTE)
+"""Members of labs that are no containers to measure."""
 INNER_DEVICE: Final = "eth0"
 """Name of each container's own device, which every container runtime uses."""
 
@@ -45,6 +49,7 @@ _LAB_NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,22}[a-z0-9])?")
 _MEMBER_NAME: Final = re.compile(r"[a-z][a-z0-9]{0,6}")
 """No dash, so that the last part of a namespace's name is always the member. Up to 7 characters, so that with `veth`,
 the lab's tag and a dash in front a device name has at most 15."""
+_CPUS: Final = re.compile(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*")
 _TAGS: Final = {"lab": "0", "demo": "1"}
 _TAG_LETTERS: Final = "abcdefghijklmnopqrstuvwxyz234567"
 
@@ -56,6 +61,10 @@ class Runtime(StrEnum):
     """Bare network namespaces: everything that affects packets, made in a few milliseconds."""
     DOCKER = "docker"
     """Real containers of a Docker daemon that runs inside the lab's host namespace."""
+    PODMAN = "podman"
+    """The same with Podman's service."""
+    APPTAINER = "apptainer"
+    """Instances of Apptainer: on the host's network, or with `cni` in namespaces of their own (`apptainer --net`)."""
 
 
 class Layout(StrEnum):
@@ -63,6 +72,8 @@ class Layout(StrEnum):
 
     BRIDGE = "bridge"
     """Bridges, and masquerade behind them, as Docker has it."""
+    OVERLAY = "overlay"
+    """Two hosts, a bridge and containers on each, and VXLAN between them; the far end is a container of the second."""
     FLANNEL = "flannel"
     """A bridge, and VXLAN to the far end's node."""
     CALICO = "calico"
@@ -73,8 +84,8 @@ class Layout(StrEnum):
     """As calico, with tc programs that forward IPv4 past the host's stack."""
 
 
-OVERLAY: Final = (IPv4Address("192.0.2.2"), IPv6Address("2001:db8:2::2"))
-"""Addresses of the far end in the layout flannel, reached through VXLAN."""
+FAR_POD: Final = (IPv4Address("192.0.2.2"), IPv6Address("2001:db8:2::2"))
+"""Addresses of the far end in the layouts overlay and flannel, reached through VXLAN."""
 
 
 class FarEnd(StrEnum):
@@ -84,6 +95,10 @@ class FarEnd(StrEnum):
     """A network namespace, on this kernel."""
     GUEST = "guest"
     """A virtual machine with a kernel and caches of its own, behind a tap device."""
+
+
+TUNNELED: Final = (Layout.OVERLAY, Layout.FLANNEL)
+"""Layouts with a VXLAN device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +120,8 @@ class Spec:
     """Text of the CNI network configuration list whose plugins make the containers' network; "" is the lab's own
     network of bridges."""
     layout: Layout = Layout.BRIDGE
+    rps: tuple[str, ...] = ()
+    """CPUs that run the receive softirqs of a kind of the host's devices, each `DEVICE=CPUS` (`rps_masks`)."""
 
     def __post_init__(self) -> None:
         if not _LAB_NAME.fullmatch(self.name):
@@ -115,16 +132,19 @@ class Spec:
             raise UsageError(f"containers: {self.containers}, expected 1 to {capacity(self)}")
         if self.same_addresses and self.bridges < 2:
             raise UsageError("same addresses need two bridges or more (two containers of one bridge must differ)")
-        if self.runtime is Runtime.DOCKER and self.bridges > 1:
-            raise UsageError("the docker runtime has one bridge, docker0; more need the netns runtime")
+        if self.runtime is not Runtime.NETNS and self.bridges > 1:
+            raise UsageError(f"the {self.runtime} runtime has one bridge at most; more need the netns runtime")
         if self.guest_kernel and self.far_end is not FarEnd.GUEST:
             raise UsageError("a guest's kernel is for a far end in a guest (--far-end guest)")
         if self.cni:
             cni_list.parse(self.cni)
         what = "a CNI network" if self.cni else f"the layout {self.layout}" if self.layout is not Layout.BRIDGE else ""
-        plain = self.bridges == 1 and self.runtime is Runtime.NETNS and self.far_end is FarEnd.NAMESPACE
+        runtimes = (Runtime.NETNS, Runtime.APPTAINER) if self.cni else (Runtime.NETNS,)
+        plain = self.bridges == 1 and self.runtime in runtimes and self.far_end is FarEnd.NAMESPACE
         if what and not plain:
-            raise UsageError(f"{what} has one bridge at most, the netns runtime, and a far end in a namespace")
+            named = " or ".join(runtimes)
+            raise UsageError(f"{what} has one bridge at most, the {named} runtime, and a far end in a namespace")
+        rps_masks(self)
         if self.cni and self.layout is not Layout.BRIDGE:
             raise UsageError(f"a CNI network has the layout that its plugins make, not {self.layout}")
 
@@ -152,6 +172,31 @@ class Placement:
     mac: str
     veth: str
     """The host's end of the container's veth pair."""
+
+
+def rps_masks(spec: Spec) -> dict[str, int]:
+    """Return the mask of CPUs by the kind of device of `spec.rps`. Raises `UsageError`.
+
+    `outer=1`, `veth=0-1`, `vxlan=0,2`: the kinds are `outer`, `vxlan` (of the layouts overlay and flannel) and `veth`,
+    the host's end of each container's pair.
+    """
+    kinds = ("outer", *(("vxlan",) if spec.layout in TUNNELED else ()), "veth")
+    masks: dict[str, int] = {}
+    for word in spec.rps:
+        kind, _, cpus = word.partition("=")
+        if kind not in kinds:
+            raise UsageError(f"rps: no device {kind!r}{nearest(kind, kinds)} in this lab; there are {', '.join(kinds)}")
+        if not _CPUS.fullmatch(cpus):
+            raise UsageError(f"rps {word!r}: expected DEVICE=CPUS, with CPUS such as 1, 0-1 or 0,2")
+        for part in cpus.split(","):
+            first, _, last = part.partition("-")
+            if int(last or first) < int(first):
+                raise UsageError(f"rps {word!r}: the range {part} is empty")
+            for cpu in range(int(first), int(last or first) + 1):
+                masks[kind] = masks.get(kind, 0) | 1 << cpu
+    if masks and (spec.runtime is not Runtime.NETNS or spec.cni):
+        raise UsageError("rps needs the netns runtime and a network of the lab's own, whose devices the lab knows")
+    return masks
 
 
 def capacity(spec: Spec) -> int:
@@ -186,6 +231,11 @@ def remote_device(lab: str) -> str:
     return f"rem{device_tag(lab)}"
 
 
+def vxlan_device(lab: str, *, second: bool = False) -> str:
+    """Return the name of the host's VXLAN device, or of the second host's."""
+    return f"vx{device_tag(lab)}{'-2' if second else ''}"
+
+
 def parse_netns_name(name: str) -> tuple[str, str] | None:
     """Return (lab, member) for the name of a lab's namespace; None for any other name."""
     prefix, _, rest = name.partition("-")
@@ -202,10 +252,10 @@ def container_names(spec: Spec) -> tuple[str, ...]:
 
 def check_container_name(name: str) -> str:
     """Return the name if a container may have it; raises `UsageError` otherwise."""
-    if name in (HOST, REMOTE) or not _MEMBER_NAME.fullmatch(name):
+    if name in NO_CONTAINERS or not _MEMBER_NAME.fullmatch(name):
         raise UsageError(
             f"container name {name!r}: expected a letter and up to 6 lower-case letters or digits,"
-            f" other than {HOST!r} and {REMOTE!r}"
+            f" other than {', '.join(NO_CONTAINERS)}"
         )
     return name
 
@@ -228,8 +278,23 @@ def place(spec: Spec, name: str, slot: int) -> Placement:
 
 
 def wire(member: str) -> tuple[IPv4Interface, IPv6Interface]:
-    """Return the IPv4 and IPv6 address of `host` or `remote` on the wire between them."""
-    return _WIRE[member]
+    """Return the IPv4 and IPv6 address of `host`, and of `remote` or `host2`, on the wire between them."""
+    return _WIRE[HOST if member == HOST else REMOTE]
+
+
+def far_host(layout: Layout) -> str:
+    """Return the member at the far end of the wire."""
+    return HOST2 if layout is Layout.OVERLAY else REMOTE
+
+
+def ends(spec: Spec) -> dict[str, tuple[str, str]]:
+    """Return the members besides the containers that are namespaces of this machine, with the addresses of each."""
+    members = [HOST, *((HOST2,) if spec.layout is Layout.OVERLAY else ())]
+    found = {member: (str(wire(member)[0].ip), str(wire(member)[1].ip)) for member in members}
+    if spec.far_end is FarEnd.NAMESPACE:
+        pod = FAR_POD if spec.layout in TUNNELED else tuple(each.ip for each in wire(REMOTE))
+        found[REMOTE] = (str(pod[0]), str(pod[1]))
+    return found
 
 
 def bridge_networks() -> tuple[IPv4Network, IPv6Network]:

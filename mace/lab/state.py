@@ -153,7 +153,8 @@ def load(name: str) -> State | None:
         told = raw["spec"]
         # Older files have neither.
         far_end, layout = FarEnd(told.get("far_end", FarEnd.NAMESPACE)), Layout(told.get("layout", Layout.BRIDGE))
-        spec = Spec(**{**told, "runtime": Runtime(told["runtime"]), "far_end": far_end, "layout": layout})
+        rps = tuple(told.get("rps", ()))
+        spec = Spec(**{**told, "rps": rps, "runtime": Runtime(told["runtime"]), "far_end": far_end, "layout": layout})
         if spec.name != name or not re.fullmatch(r"[0-9a-f]{32}", raw["id"]):
             raise LabError(f"{path}: expected the state of lab {name!r}")
         return State(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 
 from collector import SOURCES
 from collector.live.filter import Choice
@@ -119,6 +120,20 @@ def name_of(config: CaptureConfig) -> str:
             await source.aclose()
 
     return asyncio.run(opened()) if config.source == AUTO else config.source
+
+
+def chooses_after_reading(config: CaptureConfig) -> bool:
+    """Return whether the configured live source chooses packets after reading them.
+
+    For `auto` the source is opened and closed only if one of the sources would. Raises as `name_of` and `choice_of`.
+    """
+    if config.source != AUTO:
+        return choice_of(config, config.source).after_reading
+    for name in SOURCES:
+        with suppress(Unavailable):
+            if choice_of(config, name).after_reading:
+                return choice_of(config, name_of(config)).after_reading
+    return False
 
 
 def choice_of(config: CaptureConfig, name: str, *, raw: bool = False) -> Choice:

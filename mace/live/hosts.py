@@ -39,7 +39,7 @@ _SLICE_RECORDS: Final = 1 << 14
 """An engine also processes the waiting records when there are so many: a slice's fixed cost of a millisecond or two is
 then negligible."""
 
-_FORMAT: Final = f"{VERSION}/4"
+_FORMAT: Final = f"{VERSION}/5"
 """Format of a saved host; the number is raised whenever the pickled classes change."""
 _HELD_CELLS: Final = 1 << 22
 """Most histogram cells of a host's open windows, 128 MiB: a hundred times what a host of fifty containers has."""

@@ -37,6 +37,8 @@ def statuses(config: Config) -> dict[str, Status]:
         "broker": publish.check(config),
         "lab netns": _lab(lab.Spec(), "containers are bare network namespaces"),
         "lab docker": _lab(lab.Spec(runtime=lab.Runtime.DOCKER), "containers of the lab's own Docker daemon"),
+        "lab podman": _lab(lab.Spec(runtime=lab.Runtime.PODMAN), "containers of the lab's own Podman service"),
+        "lab apptainer": _lab(lab.Spec(runtime=lab.Runtime.APPTAINER), "instances of Apptainer"),
         "lab guest": _lab(lab.Spec(far_end=lab.FarEnd.GUEST), "the far end is a virtual machine"),
     }
 

@@ -61,10 +61,8 @@ class Watched:
         rows = replace(config.correlate, rows=True)
         self._config = replace(config, sinks=SinksConfig(), correlate=rows)
         self._until = until
-        self._source = name = first.name_of(config.capture)
         # What may be written to a file has to be chosen in the kernel, as for `mace record`.
-        choice = first.choice_of(config.capture, name)
-        self._kept = None if choice.after_reading else KeptStream()
+        self._kept = None if first.chooses_after_reading(config.capture) else KeptStream()
         self._lag_ns = _SLACK_NS + config.correlate.timeout_ms * 1_000_000
         self._lock = threading.Lock()
         self._recent = Recent()
@@ -192,9 +190,11 @@ class Watched:
 
     def _keeping(self) -> KeptStream:
         if self._kept is None:
+            assert self._header is not None, "keys are pressed once the source is open"
+            source = self._header.source
             raise Unavailable(
-                self._source,
-                f"{self._source} records every packet, so that a file cannot be limited to the chosen packets",
+                source,
+                f"{source} records every packet, so that a file cannot be limited to the chosen packets",
                 "choose them with / in the table instead of --container and --device, or use --source bpf or kmod",
             )
         return self._kept

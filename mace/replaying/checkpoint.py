@@ -11,8 +11,8 @@ import numpy as np
 from contracts.topology import Device, Role, Sighting
 from correlator.identity import ResolverState
 from correlator.links import LooseEnds
-from correlator.lives import Open, Records
 from correlator.neighbours import Asked
+from correlator.records import Open, Records
 from correlator.state import EngineState
 
 _COLUMNS = {

@@ -174,7 +174,7 @@ class PacketFollower:
         none = Content.of(len(ids))
         if not len(batch) or not len(ids):
             return reason, none
-        # The hash by which correlator.lives.Lives.packet numbers a packet.
+        # The hash by which correlator.records.named numbers a packet.
         named = batch.skb_id ^ (batch.ts_ns.view(np.uint64) * GOLDEN)
         named ^= named >> np.uint64(32)
         named *= np.uint64(0xD6E8FEB86659FD93)

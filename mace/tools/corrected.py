@@ -174,7 +174,10 @@ class Corrected:
         `cost` is the tracer's, and `warm` that of records that follow others; None if it is not known, and `no_cost`
         says why.
         """
-        found = estimate(ToolTimes.of(self.samples, self.corrections), probes.probes, cost, warm, alone=probes.rarer)
+        found = estimate(
+            ToolTimes.of(self.samples, self.corrections), probes.probes, cost, warm,
+            alone=probes.rarer, method_error_ns=probes.method_error_ns,
+        )  # fmt: skip
         if found is None:
             return replace(self, no_host=probes.remark())
         return replace(self, host=found, no_host="", no_cost=no_cost)

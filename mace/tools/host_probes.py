@@ -33,6 +33,7 @@ from contracts.interfaces import StreamHeader, StreamItem, StreamSink
 from contracts.records import Batch
 from contracts.topology import Role, Topology
 from mace.tools.host_path import Probe, ProbeCollector, ProbeRecords, timed
+from mace.tools.host_rtt import RARE_ERROR_NS
 
 SAMPLES_A_PROBE: Final = 5
 """Samples of the tool for each probe, at least."""
@@ -197,6 +198,11 @@ class HostProbes:
     def rarer(self) -> bool:
         """Whether the probes are so much rarer than the tool's packets that they find other caches than these."""
         return 0 < self.pace_s < _DENSE_NS / 1e9
+
+    @property
+    def method_error_ns(self) -> float:
+        """Standard error of the term by these probes, apart from their scatter, ns; none if caches stay warm."""
+        return RARE_ERROR_NS if self.pace_s >= _FLOOD_NS / 1e9 else 0.0
 
     def requested(self, times_ns: Iterable[int]) -> None:
         """Note requests of the tool, or their replies, CLOCK_MONOTONIC in order, and ask for probes that are due."""

@@ -15,7 +15,8 @@ Below a pace of 20 ms probes are many times rarer than the tool's packets, and f
 tool's only in part. There the container's side of each stretch is its probes.
 
 The interval of the median is a bootstrap of all three: each draw draws samples (in blocks, `correlator.intervals`),
-probes of the host, probes of the container, and the cost. It is widened by Student's t for few probes.
+probes of the host, probes of the container, and the cost. It is widened by Student's t for few probes, and by the
+method's own error: where packets are rare, a probe finds colder caches than a host's tool does.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from mace.tools.host_path import Probe
 
 FEWEST: Final = 3
 """Fewest probes of each side for a term."""
+RARE_ERROR_NS: Final = 8_000.0
+"""Standard error of the method itself where packets are rare, as `host_rtt_bias` found it (docs/design/011)."""
 PROBER, CALIBRATION = "prober", "calibration"
 _DRAWS: Final = 1000
 _MOST_SAMPLES: Final = 400
@@ -222,12 +225,18 @@ def added_ns(tool: ToolTimes, probes: Sequence[Probe], cost: Cost | None, *, alo
 
 
 def estimate(
-    tool: ToolTimes, probes: Sequence[Probe], cost: Cost | None, warm: Cost | None = None, *, alone: bool = False
+    tool: ToolTimes,
+    probes: Sequence[Probe],
+    cost: Cost | None,
+    warm: Cost | None = None,
+    *,
+    alone: bool = False,
+    method_error_ns: float = 0.0,
 ) -> HostRtt | None:
     """Return term and cost; None with fewer than `FEWEST` probes a side, or fewer than `intervals.FEWEST` samples.
 
     `warm` is the cost of records that follow others, such as those within the overheads. `alone`: probes are compared
-    with one another alone.
+    with one another alone. `method_error_ns`: standard error of the method itself, which no draw of probes shows.
     """
     sides = _Sides.of(probes, alone=alone)
     if sides is None or len(tool) < intervals.FEWEST:
@@ -244,6 +253,7 @@ def estimate(
     if alone:
         tool_draws = np.zeros(_DRAWS)
     cost_draws = random.standard_normal(_DRAWS) * cost_error_ns
+    probe_draws = probe_draws + random.standard_normal(_DRAWS) * method_error_ns
     term_ns = send + device + far
     middle = float(np.median(tool.lower_bound)) + term_ns - (cost_ns or 0.0)
     median = _interval(middle, probe_draws + tool_draws + bound_draws - cost_draws)

@@ -34,9 +34,18 @@ def open_namespace(
         return _opened(Path(path_of(netns)), f"network namespace {netns!r}")
     if container is None:
         raise UsageError("name a container, a network namespace or a process")
-    if lab_name is not None:
-        return _opened(lab.attach(lab_name).netns_path(container), f"container {container!r}")
-    return _of_container(container, capture)
+    if lab_name is None:
+        return _of_container(container, capture)
+    place = lab.attach(lab_name)
+    if place.shares_host(container):
+        raise UsageError(_shares_host(container))
+    return _opened(place.netns_path(container), f"container {container!r}")
+
+
+def _shares_host(name: str) -> str:
+    return (
+        f"container {name!r} shares the host's network, which adds nothing to its packets: there is nothing to correct"
+    )
 
 
 def _opened(path: Path, what: str) -> int:
@@ -59,8 +68,10 @@ def _of_container(name: str, capture: CaptureConfig) -> int:
         pod_logs=capture.pod_logs,
         cri_sockets=(*CRI_SOCKETS, *capture.cri_sockets),
     )
-    named = {d.netns: d.container for d in found if d.role is Role.INNER and d.container}
+    named = {d.netns: d.container for d in found.devices if d.role is Role.INNER and d.container}
     chosen = [netns for netns, container in named.items() if container == name]
+    if not chosen and name in {sharer.container for sharer in found.on_host_network}:
+        raise UsageError(_shares_host(name))
     if len(chosen) != 1:
         known = ", ".join(sorted(set(named.values()))) or "none"
         many = f"{len(chosen)} containers are called {name!r}; choose one with --pid or --netns"

@@ -4,7 +4,7 @@
         │                                                                    ├──► pairs ──► lines, statistics
         └────────► records ──► correlator ──► crossings ─────────────────────┘
 
-A corrected line is printed when no later record can change it: some 200 ms after ping has printed the line. From the
+A corrected line is printed when no later record can change it: 100 to 600 ms after ping has printed the line. From the
 first line on whose packets are ambiguous by then, as in a flood, all lines are printed at the end. At the end all
 samples are paired again together; if a printed line differs from that result, a message says so.
 

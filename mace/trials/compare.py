@@ -248,6 +248,8 @@ def spec(runtime: Runtime) -> Spec:
 
 def measure(plan: ComparePlan, lab: Lab, sessions: Callable[[str], Session]) -> Comparison:
     """Measure all rounds. `sessions` returns the session for a source's name."""
+    if lab.shares_host(plan.container):
+        raise UsageError(f"{plan.container} shares the host's network, which adds nothing that sources could show")
     names = chosen(plan)
     ready = {name: sessions(name) for name in names if name != NONE}
     order = random.Random(plan.seed)

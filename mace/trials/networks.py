@@ -50,6 +50,8 @@ from mace.trials.compare import (
 from mace.trials.rounds import interval_text, machine, machine_text, median_us
 
 LAB: Final = "compare"
+_RUNTIMES: Final = (Runtime.DOCKER.value, Runtime.PODMAN.value)
+"""Runtimes that make a network of their own."""
 _SMALL_COUNT: Final = 10_000
 _SMALL_BYTES: Final = 18
 """With its headers the smallest Ethernet frame (64 bytes with the checksum)."""
@@ -256,15 +258,15 @@ def _place(word: str, text: Callable[[Path], str]) -> Callable[[], AbstractConte
     known = [info.name for info in labs.list_labs()]
     if word in {each.value for each in Layout}:
         spec = Spec(LAB, layout=Layout(word))
-    elif word == Runtime.DOCKER:
-        spec = Spec(LAB, runtime=Runtime.DOCKER)
+    elif word in _RUNTIMES:
+        spec = Spec(LAB, runtime=Runtime(word))
     elif _is_file(word):
         spec = Spec(LAB, cni=text(Path(word)))
     elif word in known:
         place = labs.attach(word)
         return lambda: nullcontext(place)
     else:
-        kinds = [*(each.value for each in Layout), Runtime.DOCKER.value]
+        kinds = [*(each.value for each in Layout), *_RUNTIMES]
         raise UsageError(
             f"--networks: no {word!r}{nearest(word, [*kinds, *known])}; there are {', '.join(kinds)}, files that end in"
             " .conflist, and labs that are up"

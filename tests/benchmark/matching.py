@@ -215,7 +215,7 @@ def _scores(name: str, seen: Seen, lab: Lab) -> list[dict[str, Any]]:
     outer = lab.outer_device
     found = devices.snapshot(
         host_netns=str(lab.netns_path(HOST)), outer=(outer,), remote_netns=(lab.netns_path(REMOTE).name,)
-    )
+    ).devices
     names = dict.fromkeys(n for n in seen.name if n)
     topology = Topology(-(1 << 62), lab.netns_inode(HOST), found, (NO_DEVICE, *map(Sighting, names)))
     methods = {

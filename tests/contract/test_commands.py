@@ -133,7 +133,7 @@ def test_options_become_the_dataclass(name):
         for field, of in typing.get_type_hints(kind).items():
             yield from leaves(of) if dataclasses.is_dataclass(of) else [field]
 
-    former = {"experiment": {"rounds"}, "ping": {"host_path"}}.get(name, set())
+    former = {"experiment": {"rounds", "runtime"}, "ping": {"host_path"}}.get(name, set())
     arguments = {each.dest for each in parser_of(name)._actions} - {"help", argparse.SUPPRESS, "csv"} - former
     assert set(leaves(command.Options)) - {"others"} == arguments
 
@@ -167,6 +167,7 @@ def test_json_is_short_for_a_format(name):
     [
         ("query", "--csv", "--format csv"),
         ("experiment", "--rounds", "--repetitions"),
+        ("experiment", "--runtime", "--runtimes"),
         ("ping", "--host-path", "the default; --no-probes sends no probes"),
     ],
 )
@@ -188,6 +189,7 @@ def test_choices_in_help_equal_those_of_the_parts():
     assert sql.MEMORY_MIB == choices.QUERY_MEMORY_MIB
     assert tuple(output.READERS) == choices.TOOLS
     assert tuple(plan.PACES) == choices.PACES
+    assert tuple(plan.RUNTIMES) == choices.EXPERIMENT_RUNTIMES
     assert load.LOADS == choices.LOADS
     assert compare.KNOWN == choices.COMPARED
     assert tuple(scenarios.BY_NAME) == choices.SCENARIOS

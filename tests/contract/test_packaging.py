@@ -260,11 +260,9 @@ def test_what_the_wheel_installs_runs_by_itself(tmp_path: Path) -> None:
 
     store = tmp_path / "store"
     assert "source ftrace" in json.loads(mace("check", "--json"))
-    assert {path.name for path in (installed / "collector/compiled").iterdir()} - {"__pycache__"} == {
-        "__init__.py",
-        "loops.abi3.so",
-        "loops.pyi",
-    }
+    for folder, name in (("collector/compiled", "loops"), ("correlator/compiled", "joiner")):
+        shipped = {path.name for path in (installed / folder).iterdir()} - {"__pycache__"}
+        assert shipped == {"__init__.py", f"{name}.abi3.so", f"{name}.pyi"}
     # The wheel has the BPF programs if they were built.
     for name in ("mace.bpf.o", "mace_old.bpf.o"):
         assert (installed / "collector/bpf" / name).exists() == (ROOT / "collector/bpf" / name).exists()

@@ -747,7 +747,7 @@ def test_the_toylast_survives_a_cut_and_is_in_the_digest():
 )
 def state_of_the_engine(tree):
     engine, state, checkpoint = "correlator/engine.py", "correlator/state.py", "mace/replaying/checkpoint.py"
-    tree.insert(engine, "        self._open = NOTHING_OPEN\n        self._links", "        self._toy_last = -1\n")
+    tree.insert(engine, "        self._gaps = NO_GAPS\n", "        self._toy_last = -1\n")
     tree.replace(
         engine,
         "= state.latest_ns, state.began_ns\n",
@@ -755,7 +755,7 @@ def state_of_the_engine(tree):
     )
     tree.insert(
         engine,
-        "        self._asked.note(batch)\n",
+        "        self._asked.note(records)\n",
         "        if len(batch):\n            self._toy_last = int(batch.hook[-1])\n",
     )
     tree.replace(

@@ -119,7 +119,9 @@ def kmod(_):
 
     def make():
         # 16 sub-buffers of 63 records for each CPU.
-        return KmodSource(KmodConfig(ring_kib_per_cpu=64, poll_interval_s=0.01), followers(), open_module)
+        return KmodSource(
+            KmodConfig(ring_kib_per_cpu=64, poll_interval_s=0.01, gather_interval_s=0.01), followers(), open_module
+        )
 
     def held():
         return followers.held() + sum(module.log[-1:] != ["close"] for module in modules)
@@ -161,7 +163,7 @@ def bpf(_):
             netns=(f"/proc/{sender.process.pid}/ns/net",), l4_protocols=(17,), hooks=(Hook.NET_DEV_QUEUE,)
         )
         # 910 records for each CPU.
-        config = BpfConfig(ring_kib_per_cpu=64, poll_interval_s=0.01, wanted=wanted)
+        config = BpfConfig(ring_kib_per_cpu=64, poll_interval_s=0.01, gather_interval_s=0.01, wanted=wanted)
         yield Made(
             lambda: BpfSource(config, followers(), open_session),
             followers.break_,

@@ -18,6 +18,7 @@ import pytest
 
 from mace import lab
 from tests.influxql import ALL, PanelQuery, as_grafana_would
+from tests.measuring import on_one_cpu, well_traced_cpu
 from tests.places import GOLDEN
 from tests.servers import Influx
 
@@ -83,11 +84,12 @@ def live(influx: Influx, place: Path) -> None:
             )
         finally:
             traffic.join()
-        # Only a live tool has a host RTT: probes run beside it.
-        mace(
-            *("ping", "--lab", name, "--container", "c1", "--source", "ftrace", "-c", 200, "-i", "0.02", "--json"),
-            *("--influxdb", influx.url, "--config", config(place, "pinged"), made.address("remote")),
-        )
+        # Only a live tool has a host RTT, for probes run beside it, and known waits, for its tasks are followed.
+        with on_one_cpu(well_traced_cpu()):
+            mace(
+                *("ping", "--lab", name, "--container", "c1", "--source", "ftrace", "-c", 200, "-i", "0.02", "--json"),
+                *("--influxdb", influx.url, "--config", config(place, "pinged"), made.address("remote")),
+            )
 
 
 def span(influx: Influx) -> tuple[int, int]:

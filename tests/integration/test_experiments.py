@@ -1,6 +1,7 @@
 """Small runs of `mace experiment` and `mace compare` on the real kernel: figures add up and have the right signs."""
 
 import json
+import os
 import re
 import signal
 from pathlib import Path
@@ -53,6 +54,20 @@ def test_an_experiment_that_is_interrupted_continues(tmp_path):
         assert row["coverage"] is None or 0 <= row["coverage"] <= 1
         if row["traced"] and row["paired"] and row["repetitions"] == 1:  # each less its time in the container's devices
             assert row["plain_p50_us"] < row["container_p50_us"]
+
+
+@pytest.mark.needs("apptainer")
+@pytest.mark.timeout(200)
+def test_runtimes_side_by_side(monkeypatch):
+    """Each has a lab of its own; the container on the host's network adds nothing, and is not corrected."""
+    from tests import apptainer
+
+    monkeypatch.setenv("PATH", f"{os.environ['PATH']}:{apptainer.directory()}")
+    found = json.loads(mace(*SOME, "--flood", "0", "--runtimes", "apptainer,apptainer-ptp", "--json").stdout)
+    shared, _, own, _ = found["rows"]
+    assert (shared["runtime"], shared["sent"], shared["corrected_p50_us"]) == ("apptainer", 0, None)
+    assert (own["runtime"], own["sent"], own["paired"] > 0) == ("apptainer-ptp", 12, True)
+    assert shared["container_p50_us"] > 0
 
 
 @pytest.mark.timeout(200)

@@ -141,6 +141,7 @@ def test_many_containers(name):
 @pytest.mark.parametrize(
     ("layout", "command", "shown"),
     [
+        (Layout.OVERLAY, "ip -d link show type vxlan", "dstport 8472"),
         (Layout.FLANNEL, "ip -d link show type vxlan", "dstport 8472"),
         (Layout.CALICO, "ip route show", "198.51.100.2 dev veth"),
         (Layout.PTP, "ip rule", "from 198.51.100.2 lookup 100"),
@@ -173,6 +174,21 @@ def test_layouts_reach_everyone_both_ways_without_translation(name, layout, comm
         lab.add_container("c1")
         assert lab.tcp("c1", size=200_000, reverse=True).received == 200_000
         assert len(lab.popen("host", words).communicate()[0].splitlines()) == len(before)
+
+
+@pytest.mark.needs("rps")
+def test_receive_softirqs_are_spread_over_the_cpus_that_the_specification_names(name):
+    """Each kind of the host's devices has its own CPUs; containers that are added later have them too."""
+    (missing,) = check(Spec(name, rps=("outer=1023",)))
+    assert "CPU 1023 does not exist" in missing.why
+    with running(Spec(name, layout=Layout.OVERLAY, rps=("vxlan=1", "veth=0-1"))) as lab:
+        lab.add_container("c2")
+        shown = "mount -t sysfs none /sys && cd /sys/class/net && grep . */queues/rx-0/rps_cpus"
+        told = lab.popen("host", ["unshare", "--mount", "sh", "-c", shown]).communicate()[0]
+        masks = {line.partition("/")[0]: int(line.rpartition(":")[2].replace(",", ""), 16) for line in told.split()}
+        veths = {plan.place(lab.spec, f"c{n}", n - 1).veth: 3 for n in (1, 2)}
+        assert {device: mask for device, mask in masks.items() if mask} == {plan.vxlan_device(name): 2, **veths}
+        assert lab.ping("c1", count=5).received == 5
 
 
 # --- same addresses -----------------------------------------------------------------------------

@@ -293,15 +293,16 @@ def _unpack(kernel: Kernel, packages: Sequence[Path]) -> None:
     run(["depmod", "--basedir", kernel.root, kernel.release], what=f"{what}: depmod")
 
 
-def unpacked(package: str, suites: Sequence[str]) -> Path:
-    """Unpack a Debian package, without its dependencies, into the cache; raises KernelUnavailable."""
+def unpacked(package: str, suites: Sequence[str], *others: str) -> Path:
+    """Unpack a Debian package and `others`, without their dependencies, into the cache; raises KernelUnavailable."""
     place = cache_dir() / "packages" / "-".join((package, *suites))
     with locked(package):
         if not place.is_dir():
             with scratch(package) as folder:
                 apt = _apt(folder / "apt", suites)
-                apt("apt-get", "download", package)
-                run(["dpkg", "-x", next(apt.home.glob("*.deb")), folder / "root"], what=f"unpacking {package}")
+                apt("apt-get", "download", package, *others)
+                for each in apt.home.glob("*.deb"):
+                    run(["dpkg", "-x", each, folder / "root"], what=f"unpacking {each.name}")
                 place.parent.mkdir(exist_ok=True)
                 (folder / "root").rename(place)
     return place

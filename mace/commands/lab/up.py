@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from mace.commands.choices import LAYOUTS
+from mace.commands.choices import LAYOUTS, OVERLAY
 from mace.commands.console import Console
 from mace.commands.options import FarEndOptions, LabShape, with_far_end, with_lab_shape
 
@@ -20,6 +20,7 @@ class Options:
     far_end: FarEndOptions
     cni: Path | None
     layout: str
+    rps: list[str]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +36,21 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="how containers are connected: as Docker does, or as a CNI implementation does (default %(default)s)",
     )
     network.add_argument(
+        "--overlay",
+        action="store_const",
+        const=OVERLAY,
+        dest="layout",
+        help=f"the same as --layout {OVERLAY}: two hosts with a bridge each, and VXLAN between them",
+    )
+    parser.add_argument(
+        "--rps",
+        action="append",
+        default=[],
+        metavar="DEVICE=CPUS",
+        help="let these CPUs run the receive softirqs of a kind of the host's devices: outer, vxlan or veth, as in"
+        " --rps vxlan=1 --rps veth=0-1",
+    )
+    network.add_argument(
         "--cni",
         type=Path,
         metavar="FILE",
@@ -48,7 +64,7 @@ def run(options: Options, console: Console) -> int:
     from mace import lab
     from mace.commands import settings
 
-    made = lab.up(settings.spec(options.shape, options.name, options.far_end, options.cni, options.layout))
+    made = lab.up(settings.spec(options.shape, options.name, options.far_end, options.cni, options.layout, options.rps))
     console.line(f"lab {made.name} is up: {', '.join(made.members)}")
     if made.network:
         console.line(made.network)

@@ -69,6 +69,8 @@ class Figures:
         if loaded:
             console.print(_load_table(loaded))
         for row in truth:
+            if not row["sent"]:
+                console.print(f"{_place(row)}: the container shares the host's network, so there is nothing to correct")
             if row["unpaired"]:
                 told = ", ".join(f"{count:,} {reason}" for reason, count in row["unpaired"].items())
                 console.print(f"unpaired at {_place(row)}: {told}")
@@ -83,12 +85,14 @@ def _row(cell: Cell, parts: Sequence[Repetition], *, traced: bool) -> dict[str, 
     pinged = [each.median[0] / 1000 if each.median else math.nan for each in parts]
     plain = [_us(each.plain) for each in parts]
     without = [_us(each.without_waiting) for each in parts]
+    inside = [_median_us(each.container["untraced"]) for each in parts]
     cost = [_median_us(each.bare["traced"]) - _median_us(each.bare["untraced"]) for each in parts]
     row: dict[str, Any] = {
         **asdict(cell),
         "traced": traced,
         "bare_p50_us": median_us(_dithered(each.bare[kind]) for each in parts),
         "container_p50_us": median_us(_dithered(each.container[kind]) for each in parts),
+        **_difference("added_p50_us", "added_ci95_us", inside, bare),
         "corrected_p50_us": _middle(pinged),
         **_difference("diff_p50_us", "ci95_us", pinged, bare),
         "coverage": _coverage(parts, bare),
@@ -215,12 +219,15 @@ def _table(title: str, columns: Sequence[str]) -> PlainTable:
 
 def _main_table(rows: Sequence[dict[str, Any]]) -> PlainTable:
     title = "Medians, µs: ping on the host and in the container with nothing tracing, and what `mace ping` prints"
-    columns = ("host", "container", "corrected", "difference", "95 %", "coverage", "paired")
+    columns = ("host", "container", "added", "95 %", "corrected", "difference", "95 %", "coverage", "paired")
     table = _table(title, columns)
     for row in rows:
         table.add_row(
             _place(row),
-            *(_number(row[name]) for name in ("bare_p50_us", "container_p50_us", "corrected_p50_us")),
+            *(_number(row[name]) for name in ("bare_p50_us", "container_p50_us")),
+            _number(row["added_p50_us"], "+.1f"),
+            interval_text(row["added_ci95_us"]),
+            _number(row["corrected_p50_us"]),
             _number(row["diff_p50_us"], "+.1f"),
             interval_text(row["ci95_us"]),
             _number(row["coverage"], ".0%"),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from contracts.errors import LabError
+from contracts.ledger import Ledger
 from correlator.samples import Samples
 from mace.lab import HOST, REMOTE, Lab
 from mace.live.session import Session
@@ -35,6 +36,14 @@ STRETCHES: Final = ("send", "device", "far_end")
 _HOST, _BOUND = "host_rtt_ns", "host_rtt_lower_bound_ns"
 """Keys of `mace ping --json`: its host RTT, and the lower bound, which may be all that is known."""
 _WITHOUT: Final = ("host_rtt_without_waiting_ns", "host_rtt_lower_bound_without_waiting_ns")
+_NOT_CORRECTED: Final[dict[str, Any]] = {
+    "statistics": {},
+    "samples": [],
+    "paired": 0,
+    "unpaired": {},
+    "ledger": Ledger().as_dict(),
+}
+"""In place of the JSON of `mace ping`, for a container on the host's network: there is nothing to correct."""
 RING_MIB: Final = 64
 """Default size of the ring per CPU: two floods and the measured ping together write 60 MB a second."""
 _FLOOD_PAYLOAD: Final = 24
@@ -50,20 +59,29 @@ _LAST_WORDS_S: Final = 20.0
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
-    """The place of an experiment: a lab, and how `mace ping` is called in it."""
+class Site:
+    """Where one runtime is measured."""
 
-    plan: Plan
     lab: Lab
     session: Session
     """Traces the host's traced pings, with the same source and correlator as `mace ping`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """The place of an experiment: a lab for each runtime, and how `mace ping` is called in it."""
+
+    plan: Plan
+    sites: Mapping[str, Site]
+    """By the name of the runtime."""
     ping_options: tuple[str, ...]
     """Options of `mace ping` other than the container's: `--ring-mib`, `--config`."""
 
     def warm_up(self) -> None:
         """Resolve all addresses, and use each path once."""
-        for member in (HOST, *self.lab.containers):
-            self.lab.ping(member, count=3)
+        for site in self.sites.values():
+            for member in (HOST, *site.lab.containers):
+                site.lab.ping(member, count=3)
 
     def run(self, results: Results, until_s: float | None) -> bool:
         """Measure all repetitions that are not finished; returns False if it was interrupted.
@@ -78,25 +96,25 @@ class Bench:
             for at, (number, cell) in enumerate(todo):
                 if until_s is not None and time.monotonic() + self.plan.seconds(cell) > until_s:
                     continue
-                self.session.say(
-                    f"{at + 1} of {len(todo)}: {cell.pace}, {cell.flood_containers} flooding, repetition {number + 1}"
-                )
+                conditions = f"{cell.runtime}, {cell.pace}, {cell.flood_containers} flooding"
+                said = f"{at + 1} of {len(todo)}: {conditions}, repetition {number + 1}"
+                self.sites[cell.runtime].session.say(said)
                 results.add(self._repetition(number, cell))
         except (KeyboardInterrupt, asyncio.CancelledError):
             return False
         return True
 
     def _repetition(self, number: int, cell: Cell) -> Repetition:
-        limit_s = self.plan.seconds(cell) * _PATIENCE + _MARGIN_S
+        limit_s, lab = self.plan.seconds(cell) * _PATIENCE + _MARGIN_S, self.sites[cell.runtime].lab
         with ExitStack() as stack:
-            for name in self.lab.containers[1 : cell.flood_containers + 1]:
-                flow = self.lab.start_ping(name, count=_MOST_FLOOD, size=_FLOOD_PAYLOAD, flood=True)
+            for name in lab.containers[1 : cell.flood_containers + 1]:
+                flow = lab.start_ping(name, count=_MOST_FLOOD, size=_FLOOD_PAYLOAD, flood=True)
                 stack.enter_context(flow)
-            applied = stack.enter_context(load.applied(cell.load, self.lab.environment(HOST), limit_s))
+            applied = stack.enter_context(load.applied(cell.load, lab.environment(HOST), limit_s))
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mace-experiment-")))
             if cell.flood_containers or cell.load != NO_LOAD:
                 time.sleep(_SETTLE_S)
-            return _Blocks(self, cell, applied, place, limit_s).measure(number)
+            return _Blocks(self, self.sites[cell.runtime], cell, applied, place, limit_s).measure(number)
 
 
 @dataclass(slots=True)
@@ -104,6 +122,7 @@ class _Blocks:
     """The blocks of one repetition."""
 
     bench: Bench
+    site: Site
     cell: Cell
     load: Load
     place: Path
@@ -127,46 +146,53 @@ class _Blocks:
 
     def _corrected(self) -> None:
         self._untraced_host()
-        lab = self.bench.lab
+        lab, before = self.site.lab, self.load.wants()
+        if not lab.shares_host(MEASURED):
+            self.found = json.loads(asyncio.run(self._corrected_pings(lab)))
+        self.wants = load.since(self.load.wants(), before)
+        self._untraced_host()
+
+    async def _corrected_pings(self, lab: Lab) -> str:
         argv = [
             *(sys.executable, "-m", "mace", "ping", "--lab", lab.name, "--container", MEASURED, "--json"),
             *("--source", self.cell.source, *self.bench.ping_options),
             *self._ping_arguments(),
         ]
-        before = self.load.wants()
-        said = asyncio.run(self._said(argv, self.load.environment(lab.environment(MEASURED))))
-        self.wants = load.since(self.load.wants(), before)
-        self.found = json.loads(said)
-        self._untraced_host()
+        return await self._said(argv, self.load.environment(lab.environment(MEASURED)))
 
     def _container(self) -> None:
-        environment = self.load.environment(self.bench.lab.environment(MEASURED))
-        self.container["untraced"] = asyncio.run(self._pings(MEASURED, ["ping"], environment))
+        environment = self.load.environment(self.site.lab.environment(MEASURED))
+        # With a quota, ping is a program outside of the container that enters the quota's control group.
+        enter = self.site.lab.command if self.load.programs else self.site.lab.inside
+        argv = enter(MEASURED, ["ping", *self._ping_arguments()])
+        self.container["untraced"] = asyncio.run(self._pings(argv, environment))
 
     def _untraced_host(self) -> None:
-        self.bare["untraced"] += asyncio.run(self._pings(HOST, self.load.host(["ping"])))
+        self.bare["untraced"] += asyncio.run(self._host_pings(self.load.host(["ping"])))
 
     def _traced_host(self) -> None:
         async def traced() -> None:
-            self.bare["traced"] = await self._pings(HOST, self.load.host(["ping"]))
+            self.bare["traced"] = await self._host_pings(self.load.host(["ping"]))
 
-        self.bench.session.observe(traced, lambda _: None, tee=None)
+        self.site.session.observe(traced, lambda _: None, tee=None)
         if "traced" not in self.bare:  # a signal has ended the session before the pings
             raise KeyboardInterrupt
 
     def _starved_host(self) -> None:
-        self.bare["starved"] = asyncio.run(self._pings(HOST, ["ping"]))
+        self.bare["starved"] = asyncio.run(self._host_pings(["ping"]))
 
     def _ping_arguments(self) -> list[str]:
         count = self.bench.plan.count_of(self.cell)
-        address = self.bench.lab.address(REMOTE)
+        address = self.site.lab.address(REMOTE)
         return ["-n", "-c", str(count), "-i", f"{self.cell.interval_s:g}", "-W", "1", address]
 
-    async def _pings(self, member: str, ping: list[str], env: Mapping[str, str] | None = None) -> list[int]:
-        """Run ping in a member and return its round trips, ns."""
-        lab = self.bench.lab
-        argv = lab.command(member, [*ping, *self._ping_arguments()])
-        samples, _ = read((await self._said(argv, env or lab.environment(member))).splitlines(), PingOutput())
+    async def _host_pings(self, ping: list[str]) -> list[int]:
+        lab = self.site.lab
+        return await self._pings(lab.command(HOST, [*ping, *self._ping_arguments()]), lab.environment(HOST))
+
+    async def _pings(self, argv: list[str], env: Mapping[str, str]) -> list[int]:
+        """Run a ping and return its round trips, ns."""
+        samples, _ = read((await self._said(argv, env)).splitlines(), PingOutput())
         return _answered(samples)
 
     async def _said(self, argv: list[str], env: Mapping[str, str]) -> str:
@@ -220,10 +246,11 @@ def repetition(
     container: dict[str, list[int]],
     wants: dict[str, int | None],
 ) -> Repetition:
-    """Return a repetition with the figures of `found`, the JSON of `mace ping`."""
+    """Return a repetition with the figures of `found`, the JSON of `mace ping`; none of them if it is empty."""
+    found = found or _NOT_CORRECTED
     statistics = found["statistics"]
     plain = _estimate(statistics, "median", _BOUND, _HOST)
-    median = (statistics.get(_HOST) or statistics[_BOUND])["median"]
+    median = (statistics.get(_HOST) or statistics.get(_BOUND) or {"median": None})["median"]
     rows = [row for row in found["samples"] if row["reason"] == "paired" and not row["duplicate"]]
     term = found.get("host_path") or {}
     return Repetition(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from contracts.errors import UsageError
+from contracts.errors import UsageError, nearest
 from correlator.intervals import FEWEST
 from mace.lab import FarEnd, Runtime, Spec
+from mace.lab.plan import bridge_networks
 from mace.trials.experiment.load import LOADS, NO_LOAD
 
 PACES: Final = {"flood": 0.0, "10ms": 0.01, "50ms": 0.05, "200ms": 0.2, "1s": 1.0}
@@ -22,6 +24,31 @@ FLOODS: Final = 2
 QUICK_REPETITIONS: Final = 4
 QUICK_S: Final = 570.0
 """Time of a quick run, seconds, so that the command ends within ten minutes."""
+_PTP: Final = json.dumps(
+    {
+        "cniVersion": "1.0.0",
+        "name": "ptp",
+        "plugins": [
+            {
+                "type": "ptp",
+                "ipMasq": True,
+                "ipam": {
+                    "type": "host-local",
+                    "subnet": str(bridge_networks()[0]),
+                    "routes": [{"dst": "0.0.0.0/0"}],
+                },
+            },
+            {"type": "firewall"},
+            {"type": "portmap", "snat": True},
+        ],
+    }
+)
+"""The network `ptp` of Apptainer's package (10_ptp.conflist), with the lab's addresses."""
+RUNTIMES: Final = {
+    **{word.value: (word, "") for word in Runtime},
+    "apptainer-ptp": (Runtime.APPTAINER, _PTP),
+}
+"""Name -> the runtime and its CNI configuration. Without one, Apptainer's containers are on the host's network."""
 _MOST_FLOODS: Final = 16
 _BLOCKS_OF_PINGS: Final = 5
 """Blocks of a repetition that every load has: two of the host's pings around `mace ping`, and two others."""
@@ -45,8 +72,9 @@ class Cell:
         return PACES[self.pace]
 
     def key(self) -> tuple[object, ...]:
-        """Return the order in which cells are shown: paces from flood on."""
-        return (self.runtime, self.source, self.far_end, self.load, list(PACES).index(self.pace), self.flood_containers)
+        """Return the order in which cells are shown: paces from flood on, and the runtimes of a pace side by side."""
+        place = (self.source, self.far_end, self.load, list(PACES).index(self.pace), self.flood_containers)
+        return (*place, list(RUNTIMES).index(self.runtime))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +87,8 @@ class Plan:
     repetitions: int
     count: int | None
     """Pings per block; None is the pace's own (`COUNTS`)."""
-    runtime: str
+    runtimes: tuple[str, ...]
+    """Of `RUNTIMES`; each has a lab of its own."""
     source: str
     far_end: str
     guest_kernel: str
@@ -80,12 +109,18 @@ class Plan:
             raise UsageError(f"--count {self.count}: expected at least {FEWEST}, the fewest that have an interval")
         if self.load not in LOADS:
             raise UsageError(f"--load: no {self.load!r}; there are {', '.join(LOADS)}")
-        self.spec()  # refuses a lab that cannot be
+        for word in self.runtimes:
+            if word not in RUNTIMES:
+                raise UsageError(f"--runtimes: no {word!r}{nearest(word, RUNTIMES)}; there are {', '.join(RUNTIMES)}")
+        if not self.runtimes or len(set(self.runtimes)) < len(self.runtimes):
+            raise UsageError("--runtimes: expected at least one, and none twice")
+        self.specs()  # refuses a lab that cannot be
 
     def cells(self) -> list[Cell]:
         """Return all cells."""
         return [
-            Cell(self.runtime, self.source, self.far_end, self.load, pace, flood)
+            Cell(runtime, self.source, self.far_end, self.load, pace, flood)
+            for runtime in self.runtimes
             for pace in self.paces
             for flood in range(self.flood + 1)
         ]
@@ -106,15 +141,19 @@ class Plan:
         blocks = _BLOCKS_OF_PINGS + (self.load != NO_LOAD)
         return blocks * self.count_of(cell) * cell.interval_s + _STARTS_S
 
-    def spec(self) -> Spec:
-        """Return the specification of the lab: the measured container, and those that flood."""
-        return Spec(
-            name="experiment",
-            containers=1 + self.flood,
-            runtime=Runtime(self.runtime),
-            far_end=FarEnd(self.far_end),
-            guest_kernel=self.guest_kernel,
-        )
+    def specs(self) -> dict[str, Spec]:
+        """Return the specification of each runtime's lab: the measured container, and those that flood."""
+        return {
+            word: Spec(
+                name=f"experiment-{word}",
+                containers=1 + self.flood,
+                runtime=Runtime(RUNTIMES[word][0]),
+                far_end=FarEnd(self.far_end),
+                guest_kernel=self.guest_kernel,
+                cni=RUNTIMES[word][1],
+            )
+            for word in self.runtimes
+        }
 
     def settings(self, machine: Mapping[str, Any]) -> dict[str, Any]:
         """Return what must be equal in all parts of a run that was interrupted."""
@@ -126,6 +165,8 @@ def cell_of(values: Mapping[str, Any]) -> Cell:
     cell = Cell(**values)
     if cell.pace not in PACES:
         raise ValueError(f"no pace {cell.pace!r}")
+    if cell.runtime not in RUNTIMES:
+        raise ValueError(f"no runtime {cell.runtime!r}")
     return cell
 
 

@@ -19,7 +19,7 @@ from contracts.arrays import Ints, Mask
 from contracts.hooks import ALONG, Hook, Way
 from contracts.records import Batch
 from contracts.topology import Device, Role, Sighting, Topology
-from correlator.lives import Records, named
+from correlator.records import Records, named
 from mace.trials.verify.stream import CollectedStream
 from mace.trials.verify.truth import NumberedPacket, PathRow, Sight
 

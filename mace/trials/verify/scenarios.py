@@ -206,6 +206,12 @@ SCENARIOS: Final = (
         _tunnel,
     ),
     Scenario(
+        "overlay",
+        "containers on a bridge, to one on another host's bridge, VXLAN between",
+        _echoes,
+        spec=_laid(Layout.OVERLAY),
+    ),
+    Scenario(
         "flannel", "pods on a bridge, to a pod of another node through VXLAN", _echoes, spec=_laid(Layout.FLANNEL)
     ),
     Scenario("calico", "pods with routed pairs and proxy ARP", _echoes, spec=_laid(Layout.CALICO)),

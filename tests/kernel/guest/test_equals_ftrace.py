@@ -233,7 +233,7 @@ def code_of(name: str) -> int:
 
 def device_names(both: Both) -> dict[tuple[int, int], str]:
     """(namespace, index) -> name, from the kernel."""
-    return {device.key: device.name for device in devices.snapshot(docker_sockets=())}
+    return {device.key: device.name for device in devices.snapshot(docker_sockets=()).devices}
 
 
 def test_no_record_is_missing_and_none_is_more(both: Both) -> None:

@@ -209,3 +209,27 @@ def test_check_refuses_impossible_topologies() -> None:
         check(Topology(0, HOST, sightings=()))
     with pytest.raises(WireError, match="listed twice"):
         check(Topology(0, HOST, devices=(Device(1, 1, "a", ""), Device(1, 1, "b", ""))))
+
+
+def test_the_namespace_of_an_overlay_network_counts_as_that_from_which_its_tunnel_sends():
+    """Docker's VXLAN device is a port of a bridge in a namespace that only the network has."""
+    web, network, far_network, far = 90, 91, 92, 93
+    given = (
+        *lab(),
+        Device(network, 2, "br0", "bridge"),
+        Device(network, 3, "vxlan0", "vxlan", peer_netns=HOST, master_ifindex=2),
+        Device(network, 4, "veth0", "veth", peer_netns=web, peer_ifindex=5, master_ifindex=2, container="sandbox[9]"),
+        Device(web, 5, "eth0", "veth", peer_netns=network, peer_ifindex=4, default_route=True, container="web"),
+        Device(far_network, 2, "br0", "bridge"),
+        Device(far_network, 3, "vxlan0", "vxlan", peer_netns=far, master_ifindex=2),
+        Device(far, 4, "lan0", "veth", netns_name="far"),
+        # A router's own tunnel, which it sends from the host: the router is a container, and not the host.
+        Device(94, 2, "br0", "bridge", default_route=True),
+        Device(94, 3, "vxlan0", "vxlan", peer_netns=HOST, master_ifindex=2),
+    )
+    found = {d.key: d for d in assign_roles(given, HOST, remote_netns=("far",))}
+    assert {found[network, index].role for index in (2, 3, 4)} == {Role.HOST}
+    assert found[network, 4].container == ""
+    assert (found[web, 5].role, found[web, 5].container) == (Role.INNER, "web")
+    assert {found[far_network, index].role for index in (2, 3)} == {Role.REMOTE}
+    assert {found[94, index].role for index in (2, 3)} == {Role.OTHER}

@@ -34,6 +34,7 @@ class Kernel:
         self.module = MadeDevice()
         self.online = [0, 1]
         self.now_ns = BEGAN
+        self.pauses = []
         monkeypatch.setattr(kmod_source.time, "monotonic_ns", lambda: self.now_ns)
         monkeypatch.setattr(kmod_source, "online_cpus", lambda: self.online)
 
@@ -49,6 +50,7 @@ class Kernel:
                 steps.popleft()(self.module)
 
         async def pause(duration_s, readable):
+            self.pauses.append(round(duration_s, 9))
             self.now_ns += 50 * MS
             if steps:
                 step()
@@ -290,6 +292,26 @@ def test_losses_of_a_cpu_without_a_ring_are_reported(kernel):
     assert batch.hook.tolist() == [Hook.LOST, Hook.LOST]
     assert (batch.l3_len.tolist(), batch.cpu.tolist()) == ([3, 2], [2, 2])
     assert batch.skb_id.tolist() == [BEGAN + 50 * MS, BEGAN + 100 * MS]
+
+
+def test_rings_that_fill_slowly_are_read_at_the_gather_interval(kernel):
+    def few(module):
+        assert module.write(0, kernel.now_ns - 20 * MS)
+
+    kernel.run(nothing, *[few] * 3)
+    assert kernel.pauses == [0.5] * 4
+
+
+def test_a_ring_that_would_be_half_full_by_then_is_read_at_the_poll_interval(kernel):
+    def traffic(records):
+        def write(module):
+            assert all(module.write(1, kernel.now_ns - 20 * MS + i) for i in range(records))
+
+        return write
+
+    # A ring of 64 KiB has 16 sub-buffers of 63 records: one of them in 50 ms is over half of the ring in 500 ms.
+    kernel.run(nothing, nothing, traffic(63), traffic(5), nothing)
+    assert kernel.pauses == [0.5, 0.5, 0.05, 0.5, 0.5]
 
 
 def test_the_hold_back_never_costs_records(kernel):

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -314,7 +315,12 @@ def test_containers_that_share_a_namespace(monkeypatch: pytest.MonkeyPatch) -> N
             return started
 
         web, other, plain, own = (process("sleep").pid for _ in range(4))
-        apptainer = process("Apptainer runtime parent: probe").pid
+        argv = ["Apptainer runtime parent: probe", "-c", "sleep 60; :"]
+        waiting = running.enter_context(subprocess.Popen(argv, executable="/bin/sh", start_new_session=True))
+        running.callback(lambda: os.killpg(waiting.pid, signal.SIGKILL))
+        children = Path(f"/proc/{waiting.pid}/task/{waiting.pid}/children")
+        eventually(lambda: bool(children.read_text()))
+        apptainer = int(children.read_text())
         cgroups = {
             web: f"0::/system.slice/docker-{ID}.scope",
             other: f"0::/docker/{OTHER_ID}",
@@ -322,9 +328,10 @@ def test_containers_that_share_a_namespace(monkeypatch: pytest.MonkeyPatch) -> N
             os.getpid(): "0::/lxc.payload.ours/init.scope",
         }
         monkeypatch.setattr(containers, "_cgroup_of", lambda pid, _proc: cgroups.get(pid, "0::/"))
-        eventually(lambda: Path(f"/proc/{apptainer}/cmdline").read_bytes().startswith(b"Apptainer"))
-        sharing, pids = Sharing(), [web, other, plain, own, apptainer, os.getpid()]
-        docker, probe = Called(ID[:12], ID), Called(f"probe[{apptainer}]")
+        sharing, pids = Sharing(), [web, other, plain, own, waiting.pid, apptainer, os.getpid()]
+        assert Sharing().among([waiting.pid], 0.0) == set()  # it stays there if its container has another namespace
+        assert called_by_process(apptainer) == Called(f"probe[{waiting.pid}]")
+        docker, probe = Called(ID[:12], ID), Called(f"probe[{waiting.pid}]")
         assert sharing.among(pids, 0.0) == {docker, Called(OTHER_ID[:12], OTHER_ID), probe}
         cgroups[plain] = cgroups.pop(other)
         assert sharing.among(pids, 1.9) == {docker, Called(OTHER_ID[:12], OTHER_ID), probe}

@@ -101,6 +101,8 @@ def test_devices_of_two_labs_have_different_names():
         {"same_addresses": True},
         {"runtime": Runtime.DOCKER, "bridges": 2, "containers": 2},
         {"runtime": Runtime.DOCKER, "layout": Layout.CALICO},
+        {"runtime": Runtime.PODMAN, "bridges": 2, "containers": 2},
+        {"runtime": Runtime.APPTAINER, "layout": Layout.PTP},
         {"layout": Layout.FLANNEL, "bridges": 2},
         {"layout": Layout.PTP, "far_end": FarEnd.GUEST},
     ],
@@ -224,3 +226,32 @@ def test_the_time_limit_exceeds_the_requested_duration(count, rate_pps, duration
     asked_s = count / (rate_pps or 60_000)
     assert limit_s > min(asked_s, duration_s or asked_s)
     assert limit_s <= traffic.MAX_LIMIT_S
+
+
+@pytest.mark.parametrize(
+    ("words", "masks"),
+    [
+        ((), {}),
+        (("outer=0",), {"outer": 1}),
+        (("vxlan=1", "veth=0-2,5"), {"vxlan": 2, "veth": 0b100111}),
+        (("veth=0", "veth=3"), {"veth": 0b1001}),
+    ],
+)
+def test_the_cpus_of_receive_softirqs(words, masks):
+    assert plan.rps_masks(Spec(layout=Layout.OVERLAY, rps=words)) == masks
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"rps": ("vxlan=1",)}, "there are outer, veth"),
+        ({"rps": ("vxlna=1",), "layout": Layout.OVERLAY}, "did you mean 'vxlan'"),
+        ({"rps": ("veth",)}, "expected DEVICE=CPUS"),
+        ({"rps": ("veth=all",)}, "expected DEVICE=CPUS"),
+        ({"rps": ("veth=2-1",)}, "the range 2-1 is empty"),
+        ({"rps": ("veth=1",), "runtime": Runtime.DOCKER}, "needs the netns runtime"),
+    ],
+)
+def test_impossible_cpus_are_refused(values, why):
+    with pytest.raises(UsageError, match=why):
+        Spec(**values)

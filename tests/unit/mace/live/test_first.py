@@ -12,7 +12,7 @@ from collector.live.filter import Choice, SessionFilter, wanted
 from contracts import config
 from contracts.config import CaptureConfig
 from contracts.errors import ConfigError, SourceError, Unavailable
-from mace.live.first import FirstThatOpens, choice_of, name_of
+from mace.live.first import FirstThatOpens, choice_of, chooses_after_reading, name_of
 from tests.made_capture import HEADER
 
 
@@ -115,6 +115,22 @@ def test_a_named_source_is_the_only_one_that_is_tried(monkeypatch):
         opened(CaptureConfig(source="ftrace"))
     assert list(made) == ["bpf", "ftrace"]
     assert name_of(CaptureConfig(source="ftrace")) == "ftrace"
+
+
+def test_no_source_is_opened_to_learn_that_none_chooses_after_reading(monkeypatch):
+    made = sources_that_open(monkeypatch, kmod=NO_MODULE)
+    assert not chooses_after_reading(CaptureConfig())
+    assert not chooses_after_reading(CaptureConfig(source="ftrace", devices=("eth1",)))
+    assert chooses_after_reading(CaptureConfig(source="ftrace", containers=("web",)))
+    assert not made
+
+
+def test_with_a_container_auto_has_to_know_the_source(monkeypatch):
+    made = sources_that_open(monkeypatch, kmod=NO_MODULE)
+    assert not chooses_after_reading(CaptureConfig(containers=("web",)))
+    assert list(made) == ["kmod", "bpf"]
+    sources_that_open(monkeypatch, kmod=NO_MODULE, bpf=NO_BTF)
+    assert chooses_after_reading(CaptureConfig(containers=("web",)))
 
 
 def test_a_wrong_setting_is_no_reason_to_try_another_source(monkeypatch):

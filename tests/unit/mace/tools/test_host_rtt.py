@@ -90,8 +90,9 @@ def test_the_interval_grows_with_each_uncertainty():
         estimate(samples(scatter=3_000), both(8), cost()).median,
         estimate(samples(), both(8, scatter=3_000), cost()).median,
         estimate(samples(), both(8), cost(error_ns=500)).median,
+        estimate(samples(), both(8), cost(), method_error_ns=500).median,
     )
-    whole = estimate(samples(scatter=3_000), both(8, scatter=3_000), cost(error_ns=500)).median
+    whole = estimate(samples(scatter=3_000), both(8, scatter=3_000), cost(error_ns=500), method_error_ns=500).median
     assert all(0 < width(one) < width(whole) for one in each)
     assert width(estimate(samples(), both(4, scatter=3_000), cost()).median) > width(each[1])
 
@@ -105,6 +106,13 @@ def test_the_interval_covers_the_truth():
         found = estimate(samples(30, 4_000, seed), sides, cost(1_000 + error, 300)).median
         covered += found.low <= 58_500 <= found.high
     assert covered >= 54
+
+
+def test_the_method_s_own_error_is_in_the_interval_of_the_term():
+    exact, found = (estimate(samples(), both(8), cost(), method_error_ns=each) for each in (0, 8_000))
+    assert width(exact.term) == 0
+    assert width(found.term) == pytest.approx(2 * 1.96 * 8_000, rel=0.1)
+    assert found.term.estimate == exact.term.estimate
 
 
 def test_the_mean_has_the_errors_of_term_and_cost():

@@ -1,5 +1,6 @@
 """The experiment's plan, its results file and its figures, which need no kernel."""
 
+import io
 import json
 import os
 import resource
@@ -7,6 +8,7 @@ import signal
 from dataclasses import replace
 
 import pytest
+import rich.console
 
 from contracts.errors import StoreError, UsageError
 from contracts.ledger import Ledger
@@ -17,7 +19,7 @@ from mace.trials.experiment.plan import Cell, Plan
 from mace.trials.experiment.results import Repetition, opened
 
 MACHINE = {"cpu": "z80", "cores": 1, "kernel": "6.1", "virtual": False, "load": 0.5}
-PLAN = Plan(("flood", "1s"), 2, 3, None, "netns", "ftrace", "namespace", "", "none", 1)
+PLAN = Plan(("flood", "1s"), 2, 3, None, ("netns",), "ftrace", "namespace", "", "none", 1)
 CELL = PLAN.cells()[0]
 SETTINGS = PLAN.settings(MACHINE)
 WANTS = {"throttled": None, "throttled_ns": None, "cpu_pressure_ns": 5, "io_pressure_ns": None}
@@ -183,6 +185,29 @@ def test_cells_are_shown_in_the_order_of_paces():
     cells = [replace(CELL, pace=pace, flood_containers=n) for pace in plans.PACES for n in (0, 1)]
     found = Figures([made(0, cell) for cell in reversed(cells)], MACHINE)
     assert list(found.cells()) == cells
+
+
+def test_runtimes_side_by_side():
+    """What a runtime adds is measured by ping in its container; on the host's network nothing is corrected."""
+    cells = [replace(CELL, runtime=word, pace=pace) for pace in ("flood", "1s") for word in plans.RUNTIMES]
+    found = Figures([made(n, cell) for cell in reversed(cells) for n in range(3)], MACHINE)
+    assert list(found.cells()) == cells
+    assert found.rows()[0]["added_p50_us"] == pytest.approx(30, abs=0.1)
+    low, high = found.rows()[0]["added_ci95_us"]
+    assert low <= found.rows()[0]["added_p50_us"] <= high
+    shared = repetition(0, CELL, {}, {"untraced": [60_000], "traced": [64_000]}, {"untraced": [61_000]}, WANTS)
+    row = Figures([shared], MACHINE).rows()[0]
+    assert (row["sent"], row["paired"], row["corrected_p50_us"], row["coverage"]) == (0, 0, None, None)
+    assert row["added_p50_us"] == pytest.approx(1, abs=0.2)
+    printed = rich.console.Console(width=200, file=io.StringIO())
+    Figures([shared], MACHINE).tables(printed)
+    assert "shares the host's network, so there is nothing to correct" in printed.file.getvalue()
+
+
+@pytest.mark.parametrize("runtimes", [(), ("netns", "netns"), ("dokcer",)])
+def test_impossible_runtimes_are_refused(runtimes):
+    with pytest.raises(UsageError, match="--runtimes"):
+        replace(PLAN, runtimes=runtimes)
 
 
 def test_repetitions_without_figures():
