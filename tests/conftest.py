@@ -48,6 +48,9 @@ settings.register_profile("everyday", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "everyday")
 
+# A calibration of this machine would change what the commands print.
+os.environ["MACE_CALIBRATION"] = "/nonexistent/calibration.json"
+
 
 MACHINES = pytest.StashKey[beside.Machines]()
 
