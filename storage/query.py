@@ -811,31 +811,21 @@ class StoreReader:
         """
         where = replace(self._by_newest_name(where), device=None)
         condition, values = _condition(where, [], windows=True)
-        key = f"{_PLACE}, owner_netns, direction, measure, cpu_queued, cpu"
-        rows = self._fetch(
-            f"""
-            WITH s AS (SELECT * FROM {{stages}} WHERE {condition}),
-            u AS (SELECT {key}, unnest(bins) AS bin, unnest(counts) AS n FROM s),
-            b AS (SELECT {key}, bin, sum(n) AS n FROM u GROUP BY ALL),
-            h AS (SELECT {key}, list(bin ORDER BY bin) AS bins, list(n ORDER BY bin) AS counts FROM b GROUP BY {key}),
-            a AS (
-                SELECT {key}, sum(count) AS n, sum(sum_ns) AS s, min(min_ns) AS lo, max(max_ns) AS hi
-                FROM s GROUP BY ALL
-            )
-            SELECT {key}, n, s, lo, hi, bins, counts FROM a JOIN h USING ({key})
-            ORDER BY host, container, owner_netns, direction, if(direction = 'ingress', -1, 1) * rank, netns, device_id,
-                     measure, cpu_queued, cpu
-            """,
-            where,
-            values,
-        )
+        by = (*_PLACE.split(", "), "owner_netns", "direction", "measure", "cpu_queued", "cpu")
+
+        def take(connection: duckdb.DuckDBPyConnection, sql: str, values: dict[str, Any]) -> Histograms:
+            merged = Histograms(by)
+            for batch in connection.sql(sql, params=values).to_arrow_reader(_BATCH_WINDOWS) or ():
+                merged.add(batch)
+            return merged
+
+        sql = f"SELECT {', '.join(by)}, count, sum_ns, min_ns, max_ns, bins, counts FROM {{stages}} WHERE {condition}"
         found = []
-        for row in rows:
-            netns, direction, measure, cpu_queued, cpu, count, sum_ns, low, high, bins, counts = row[8:]
-            durations = Distribution()
-            durations.add(int(count), int(sum_ns), low, high, np.array(bins, np.int64), np.array(counts, np.int64))
+        for key, durations in self._query(sql, where, values, None, take).distributions():
+            netns, direction, measure, cpu_queued, cpu = key[8:]
             way = Direction[direction.upper()]
-            found.append(StageCount(_place(row[:8]), netns, way, Measure[measure.upper()], cpu_queued, cpu, durations))
+            found.append(StageCount(_place(key[:8]), netns, way, Measure[measure.upper()], cpu_queued, cpu, durations))
+        found.sort(key=_along_the_path)
         return found
 
     @_written_by_mace
@@ -1789,6 +1779,13 @@ def _groups(
     for i, (key, *numbers) in enumerate(zip(keys, *(each.tolist() for each in figures), strict=True)):
         piece = slice(edges[i], edges[i + 1])
         yield key, (*numbers, bins[piece], counts[piece])
+
+
+def _along_the_path(one: StageCount) -> tuple[Any, ...]:
+    place, way = one.place, one.direction
+    rank = -place.rank if way is Direction.INGRESS else place.rank
+    whose = place.host, place.container, one.owner_netns, way.name
+    return *whose, rank, place.netns, f"{place.netns_id}:{place.ifindex}", one.measure.name, one.cpu_queued, one.cpu
 
 
 def _place(row: Sequence[Any]) -> DevicePlace:

@@ -130,5 +130,5 @@ def test_names_are_dictionaries_and_times_are_deltas():
     assert "DELTA_BINARY_PACKED" in encodings["time"]
     assert "RLE_DICTIONARY" in encodings["container"]
     compressions = {group.column(i).path_in_schema: group.column(i).compression for i in range(group.num_columns)}
-    assert compressions.pop("time_remainder_ns") == "UNCOMPRESSED"
+    assert {compressions.pop(name) for name in ("time_remainder_ns", "delay_ns")} == {"UNCOMPRESSED"}
     assert set(compressions.values()) == {"ZSTD"}

@@ -15,7 +15,9 @@ from urllib.parse import urlencode
 import pyarrow.parquet as pq
 import pytest
 
+from contracts.cpus import Measure, StagePlace
 from contracts.errors import StoreError, Unavailable
+from contracts.schema import Direction
 from mace.serving import reading as reading_module
 from mace.serving.access import Access
 from mace.serving.application import MOST_CONNECTIONS, POLICY
@@ -26,7 +28,7 @@ from mace.shown.page.assets import ASSETS
 from mace.shown.views import Asked
 from storage import segments
 from storage.query import StoreReader
-from tests.made_results import START_NS, make_delays, make_results, make_windows
+from tests.made_results import START_NS, make_delays, make_results, make_stages, make_windows, with_rows
 from tests.made_trips import kept, made_trips
 from tests.measuring import wait_for
 from tests.unit.storage.stored import BEGIN_NS, fill, write_run
@@ -41,7 +43,9 @@ PAGE_BYTES = 300_000
 def path(tmp_path_factory):
     made = tmp_path_factory.mktemp("store")
     delays = make_delays(400, containers=2)
-    fill(made, [make_results(delays, containers=2, windows=make_windows(delays))])
+    results = make_results(delays, containers=2, windows=make_windows(delays))
+    stages, places = make_stages([(StagePlace(0, 0, 0, 0), Direction.EGRESS, Measure.RUN, [5, 9])])
+    fill(made, [with_rows(results, stages=stages, places=places)])
     kept(made, made_trips(container="c0"))
     return made
 
