@@ -5,7 +5,7 @@
 
 #include "joiner.h"
 
-#define FIRST_MOVES 1024
+#define FIRST_MOVES 128
 #define UNASKED (-3)
 #define PASSES \
 	((uint64_t)1 << 63) /* in a key: not a move of records, but from one device to another */
