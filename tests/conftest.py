@@ -233,7 +233,7 @@ def _apptainer() -> str | None:
 
 
 def _containerd() -> str | None:
-    return _first([_root(), containerd.missing()])
+    return _first([_root(), _cni(), containerd.missing()])
 
 
 NEEDS: dict[str, Callable[[], str | None]] = {

@@ -6,13 +6,9 @@ The CNI plugin gives a pod's namespace no device: names need none.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
-import json
 import shutil
 import socket
 import subprocess
-import tarfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +17,8 @@ from typing import Final
 
 from collector.machine.cri import fields
 from collector.machine.grpc_calls import call
+from mace.lab import image
+from mace.lab.containerd import message
 from tests.measuring import wait_for
 
 PROGRAMS: Final = ("containerd", "containerd-shim-runc-v2", "ctr", "runc", "busybox")
@@ -60,28 +58,6 @@ _NODE: Final = 2
 def missing() -> str | None:
     """Return which program is missing, or None if none is."""
     return next((f"no program {name}" for name in PROGRAMS if not shutil.which(name)), None)
-
-
-def message(**values: object) -> bytes:
-    """Return a protobuf message: `f3="a"` is field 3. A value is a text, a number, a message, or a list of such."""
-    made = b""
-    for name, value in values.items():
-        for one in value if isinstance(value, list) else [value]:
-            number = int(name[1:])
-            if isinstance(one, int):
-                made += _varint(number << 3) + _varint(one)
-            else:
-                raw = one.encode() if isinstance(one, str) else bytes(one)  # type: ignore[call-overload]
-                made += _varint(number << 3 | 2) + _varint(len(raw)) + raw
-    return made
-
-
-def _varint(value: int) -> bytes:
-    made = bytearray()
-    while value > 127:
-        made.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*made, value])
 
 
 @dataclass
@@ -137,7 +113,7 @@ def running(place: Path, netns: str) -> Iterator[Containerd]:
         (place / "cni" / plugin).chmod(0o755)
     (place / "cni/none.conflist").write_text(_NETWORK, encoding="utf-8")
     (place / "config.toml").write_text(_CONFIG.format(place, IMAGE), encoding="utf-8")
-    _write_image(place / "image.tar")
+    (place / "image.tar").write_bytes(image.saved(IMAGE))
     log = (place / "containerd.log").open("wb")
     argv = ["nsenter", f"--net=/run/netns/{netns}", "containerd", "--config", str(place / "config.toml")]
     with log:
@@ -160,35 +136,3 @@ def running(place: Path, netns: str) -> Iterator[Containerd]:
         mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()]
         for mount in sorted((m for m in mounts if m.startswith(f"{place}/")), reverse=True):
             subprocess.run(["umount", "--lazy", mount], check=False)
-
-
-def _write_image(path: Path) -> None:
-    """Write an image with busybox alone, in the format of `docker save`, which `ctr images import` reads."""
-    busybox = Path(shutil.which("busybox") or "").read_bytes()
-    layer = io.BytesIO()
-    with tarfile.open(fileobj=layer, mode="w") as tar:
-        for name in ("bin", "proc", "sys", "dev", "etc"):
-            folder = tarfile.TarInfo(name)
-            folder.type, folder.mode = tarfile.DIRTYPE, 0o755
-            tar.addfile(folder)
-        _add(tar, "bin/busybox", busybox, 0o755)
-    diff = hashlib.sha256(layer.getvalue()).hexdigest()
-    config = json.dumps(
-        {
-            "architecture": "amd64",
-            "os": "linux",
-            "config": {"Cmd": ["/bin/busybox", "sleep", "100000"]},
-            "rootfs": {"type": "layers", "diff_ids": [f"sha256:{diff}"]},
-        }
-    ).encode()
-    manifest = json.dumps([{"Config": "config.json", "RepoTags": [IMAGE], "Layers": ["layer.tar"]}]).encode()
-    with tarfile.open(path, mode="w") as tar:
-        _add(tar, "layer.tar", layer.getvalue())
-        _add(tar, "config.json", config)
-        _add(tar, "manifest.json", manifest)
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes, mode: int = 0o644) -> None:
-    entry = tarfile.TarInfo(name)
-    entry.size, entry.mode = len(data), mode
-    tar.addfile(entry, io.BytesIO(data))

@@ -11,7 +11,7 @@ from contracts.sources import LIVE
 
 SOURCES: Final = ("auto", *LIVE)
 """Names of the live sources: `contracts.config.SOURCES`."""
-RUNTIMES: Final = ("netns", "docker", "podman", "apptainer")
+RUNTIMES: Final = ("netns", "docker", "podman", "containerd", "apptainer")
 """Runtimes for the containers of a test network: `mace.lab.Runtime`."""
 EXPERIMENT_RUNTIMES: Final = (*RUNTIMES, "apptainer-ptp")
 """Runtimes that the experiment compares: `mace.trials.experiment.plan.RUNTIMES`."""

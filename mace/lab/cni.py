@@ -29,7 +29,7 @@ from typing import Any, Final
 from contracts.errors import LabError, Unavailable
 from mace.lab import cni_list, netns
 from mace.lab.cni_list import NetworkList
-from mace.lab.plan import HOST, INNER_DEVICE, Spec
+from mace.lab.plan import HOST, INNER_DEVICE
 from mace.lab.state import Member, State
 
 DIRECTORIES: Final = "/usr/lib/cni:/opt/cni/bin"
@@ -51,8 +51,8 @@ def plugin_directory(path: str, network: NetworkList) -> str:
     raise LabError(f"CNI network {network.name}: no directory of {path} has all of {', '.join(network.programs)}")
 
 
-def problems(spec: Spec) -> list[Unavailable]:
-    """Return a reason for each plugin of the lab's network that is not installed."""
+def problems(text: str) -> list[Unavailable]:
+    """Return a reason for each plugin of a configuration list that is not installed."""
     path = plugin_path()
     return [
         Unavailable(
@@ -60,7 +60,7 @@ def problems(spec: Spec) -> list[Unavailable]:
             f"the CNI plugin {program!r} is not in {path}",
             "apt-get install containernetworking-plugins, or set CNI_PATH",
         )
-        for program in cni_list.parse(spec.cni).programs
+        for program in cni_list.parse(text).programs
         if shutil.which(program, path=path) is None
     ]
 

@@ -95,8 +95,10 @@ def create(record: State, place: Placement) -> Member:
 def command(record: State, member: Member, argv: list[str]) -> list[str]:
     """Return the command line that runs `argv` in all of a container's namespaces."""
     url = f"unix://{record.docker_socket}"
-    client = ["docker", "-H", url] if record.spec.runtime is Runtime.DOCKER else ["podman", "--url", url]
-    return [*client, "exec", member.docker_id, *argv]
+    if record.spec.runtime is Runtime.DOCKER:
+        return ["docker", "-H", url, "exec", member.docker_id, *argv]
+    # Podman's client makes directories of its own, which the holder's mounts cover.
+    return holder.in_mounts(record, ["podman", "--url", url, "exec", member.docker_id, *argv])
 
 
 def remove(record: State, member: Member) -> None:

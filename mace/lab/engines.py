@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from collector.machine.cri import is_installed
 from contracts.errors import Unavailable
-from mace.lab import apptainer, docker, image, netns
+from mace.lab import apptainer, cni, containerd, docker, image, netns
 from mace.lab.plan import Placement, Runtime, Spec
 from mace.lab.state import Member, State
 
@@ -45,6 +46,16 @@ def _daemon(runtime: Runtime, holder: str) -> Engine:
 ENGINES: Final[dict[Runtime, Engine]] = {
     Runtime.DOCKER: _daemon(Runtime.DOCKER, "its Docker daemon"),
     Runtime.PODMAN: _daemon(Runtime.PODMAN, "its Podman service"),
+    Runtime.CONTAINERD: Engine(
+        containerd.PROGRAMS,
+        containerd.COVERED,
+        containerd.start,
+        containerd.create,
+        containerd.command,
+        containerd.remove,
+        "its containerd",
+        has_api=False,
+    ),
     Runtime.APPTAINER: Engine(
         apptainer.PROGRAMS,
         apptainer.COVERED,
@@ -62,7 +73,12 @@ ENGINES: Final[dict[Runtime, Engine]] = {
 def problems(spec: Spec) -> list[Unavailable]:
     """Return the reasons why the lab's runtime cannot run here; empty if it can."""
     engine = ENGINES.get(spec.runtime)
-    return [
+    found = []
+    if spec.runtime is Runtime.CONTAINERD:
+        if not is_installed():
+            found.append(Unavailable("lab --runtime containerd", "h2 is not installed", "pip install mace[cri]"))
+        found += cni.problems(containerd.network_text(spec))
+    return found + [
         Unavailable(f"lab --runtime {spec.runtime}", f"the program {program!r} is missing", netns.remedy_for(program))
         for program in ((*engine.programs, *image.PROGRAMS) if engine else ())
         if netns.find_program(program) is None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -37,6 +40,29 @@ def archive() -> bytes:
             entry = tarfile.TarInfo(f"bin/{applet}")
             entry.type, entry.linkname = tarfile.SYMTYPE, "busybox"
             archive.addfile(entry)
+    return buffer.getvalue()
+
+
+def saved(name: str) -> bytes:
+    """Return an image with this root file system as `docker save` writes it, which containerd imports."""
+    layer = archive()
+    config = {
+        "architecture": {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine),
+        "os": "linux",
+        "config": {"Cmd": ["/bin/sleep", "2147483647"], "Env": ["PATH=/bin"]},
+        "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}"]},
+    }
+    manifest = [{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as image:
+        for path, content in {
+            "layer.tar": layer,
+            "config.json": json.dumps(config).encode(),
+            "manifest.json": json.dumps(manifest).encode(),
+        }.items():
+            entry = tarfile.TarInfo(path)
+            entry.size = len(content)
+            image.addfile(entry, io.BytesIO(content))
     return buffer.getvalue()
 
 

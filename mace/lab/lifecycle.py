@@ -21,7 +21,7 @@ from typing import IO, Any, Final
 from collector.machine.kernel import boot_id
 from contracts.config import CaptureConfig
 from contracts.errors import LabError, Unavailable, UsageError, nearest
-from mace.lab import cni, cni_list, engines, guest, holder, layouts, netns, network, plan, state
+from mace.lab import cni, cni_list, containerd, engines, guest, holder, layouts, netns, network, plan, state
 from mace.lab.engines import ENGINES
 from mace.lab.plan import HOST, REMOTE, Family, FarEnd, Layout, Runtime, Spec
 from mace.lab.state import Member, State
@@ -77,6 +77,17 @@ class Lab(Traffic):
     def docker_socket(self) -> Path | None:
         """Path of the API socket of the lab's Docker daemon or Podman service; None for the other runtimes."""
         return Path(self._state.docker_socket) if self._state.docker_socket else None
+
+    @property
+    def cri_socket(self) -> Path | None:
+        """Path of the CRI socket of the lab's containerd; None for the other runtimes."""
+        return containerd.socket_of(self._state) if self.spec.runtime is Runtime.CONTAINERD else None
+
+    def shown_name(self, container: str) -> str:
+        """Return the name that MACE's outputs have for a container: that of a pod has its namespace, for instance."""
+        if self.spec.runtime is Runtime.CONTAINERD:
+            return f"{containerd.NAMESPACE}/{container}"
+        return f"root/{container}" if self.spec.runtime is Runtime.APPTAINER else container
 
     def netns_path(self, member: str) -> Path:
         """Return the path at which the member's network namespace is mounted."""
@@ -267,8 +278,8 @@ def check(spec: Spec | None = None) -> list[Unavailable]:
     ]
     if spec is not None:
         found += engines.problems(spec) + network.rps_problems(spec)
-    if spec is not None and spec.cni:
-        found += cni.problems(spec)
+    if spec is not None and spec.cni and spec.runtime is not Runtime.CONTAINERD:
+        found += cni.problems(spec.cni)
     if spec is not None and spec.far_end is FarEnd.GUEST:
         found += guest.problems(spec)
     if found:
@@ -333,6 +344,7 @@ def capture_of(capture: CaptureConfig, place: Lab) -> CaptureConfig:
         outer=(place.outer_device,),
         remote_netns=tuple(place.netns_path(m).name for m in (plan.HOST2, REMOTE) if m in place.members),
         container_sockets=(*capture.container_sockets, *sockets),
+        cri_sockets=(*capture.cri_sockets, *((str(place.cri_socket),) if place.cri_socket else ())),
     )
 
 
@@ -430,7 +442,7 @@ def _create_host(record: State) -> None:
     if record.spec.far_end is FarEnd.GUEST:
         guest.start(record)
     engine = ENGINES.get(record.spec.runtime)
-    if record.spec.cni:
+    if record.spec.cni or record.spec.runtime is Runtime.CONTAINERD:
         network.route_back(record.spec.name, env)
     if engine is not None:
         engine.start(record)

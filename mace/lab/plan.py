@@ -63,6 +63,8 @@ class Runtime(StrEnum):
     """Real containers of a Docker daemon that runs inside the lab's host namespace."""
     PODMAN = "podman"
     """The same with Podman's service."""
+    CONTAINERD = "containerd"
+    """Kubernetes pods without a kubelet, by containerd's CRI socket; `cni` is their network."""
     APPTAINER = "apptainer"
     """Instances of Apptainer: on the host's network, or with `cni` in namespaces of their own (`apptainer --net`)."""
 
@@ -139,7 +141,7 @@ class Spec:
         if self.cni:
             cni_list.parse(self.cni)
         what = "a CNI network" if self.cni else f"the layout {self.layout}" if self.layout is not Layout.BRIDGE else ""
-        runtimes = (Runtime.NETNS, Runtime.APPTAINER) if self.cni else (Runtime.NETNS,)
+        runtimes = (Runtime.NETNS, Runtime.CONTAINERD, Runtime.APPTAINER) if self.cni else (Runtime.NETNS,)
         plain = self.bridges == 1 and self.runtime in runtimes and self.far_end is FarEnd.NAMESPACE
         if what and not plain:
             named = " or ".join(runtimes)

@@ -83,6 +83,8 @@ class Member:
     ipv4: str = ""
     ipv6: str = ""
     docker_id: str = ""
+    sandbox_id: str = ""
+    """Id of a pod's sandbox in containerd; `docker_id` is then that of its container."""
     cni_id: str = ""
     """Id under which the container is in the lab's CNI network; "" if it is in none."""
 
@@ -122,9 +124,12 @@ class State:
             **os.environ,
             "PATH": search_path(),
             "LC_ALL": "C",
-            ID_VARIABLE: self.id,
-            MEMBER_VARIABLE: member,
+            **self.marks(member),
         }
+
+    def marks(self, member: str) -> dict[str, str]:
+        """Return the variables by which a clean-up recognises a process of the lab, or of one member."""
+        return {ID_VARIABLE: self.id, MEMBER_VARIABLE: member}
 
     def save(self) -> None:
         path = _file(self.spec.name)

@@ -38,6 +38,7 @@ def statuses(config: Config) -> dict[str, Status]:
         "lab netns": _lab(lab.Spec(), "containers are bare network namespaces"),
         "lab docker": _lab(lab.Spec(runtime=lab.Runtime.DOCKER), "containers of the lab's own Docker daemon"),
         "lab podman": _lab(lab.Spec(runtime=lab.Runtime.PODMAN), "containers of the lab's own Podman service"),
+        "lab containerd": _lab(lab.Spec(runtime=lab.Runtime.CONTAINERD), "pods of the lab's own containerd"),
         "lab apptainer": _lab(lab.Spec(runtime=lab.Runtime.APPTAINER), "instances of Apptainer"),
         "lab guest": _lab(lab.Spec(far_end=lab.FarEnd.GUEST), "the far end is a virtual machine"),
     }

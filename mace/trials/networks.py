@@ -50,7 +50,7 @@ from mace.trials.compare import (
 from mace.trials.rounds import interval_text, machine, machine_text, median_us
 
 LAB: Final = "compare"
-_RUNTIMES: Final = (Runtime.DOCKER.value, Runtime.PODMAN.value)
+_RUNTIMES: Final = (Runtime.DOCKER.value, Runtime.PODMAN.value, Runtime.CONTAINERD.value)
 """Runtimes that make a network of their own."""
 _SMALL_COUNT: Final = 10_000
 _SMALL_BYTES: Final = 18
@@ -74,6 +74,8 @@ class NetworkRound:
 
     trips_ns: Ints
     """Round trips of the requests with a reply, while nothing was read."""
+    container: str
+    """Name of the container in `summary`."""
     unanswered: int
     small_pps: float
     """Small datagrams that the far end received, a second."""
@@ -140,7 +142,7 @@ class NetworkComparison:
             "small_pps_ci95": None if pps is None else [round(end) for end in pps],
         }
         for direction in _DIRECTIONS:
-            values = [overhead_ns(part.summary, direction, self.container) for part in parts]
+            values = [overhead_ns(part.summary, direction, part.container) for part in parts]
             found[f"overhead_{direction.name.lower()}"] = median_of(values, every) if any(map(len, values)) else None
         return found | {
             "trips": sum(len(part.trips_ns) for part in parts),
@@ -166,7 +168,7 @@ class NetworkComparison:
             for (place, direction, segment), distribution in summary.rows(
                 Segment.DEVICE, Segment.OUTSIDE, Segment.DELIVERY
             ):
-                if place.container != self.container or direction not in _DIRECTIONS:
+                if place.container != self.parts[name][0].container or direction not in _DIRECTIONS:
                     continue
                 rank = place.rank if direction is Direction.EGRESS else -place.rank
                 row = (int(direction), segment is Segment.DELIVERY, rank, _part(place), segment.name.lower())
@@ -305,7 +307,8 @@ def _round(plan: ComparePlan, lab: Lab, session: Session) -> NetworkRound:
     if not done:
         raise UsageError("interrupted")
     answered = bare >= 0
-    return NetworkRound(bare[answered], int((~answered).sum()), small.received / small.duration_s, summary)
+    shown = lab.shown_name(plan.container)
+    return NetworkRound(bare[answered], shown, int((~answered).sum()), small.received / small.duration_s, summary)
 
 
 def _part(place: DevicePlace) -> str:

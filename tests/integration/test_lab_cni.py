@@ -261,6 +261,6 @@ def test_the_next_clean_up_deletes_after_kill_9(name, spied):
 
 def test_missing_plugins_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("CNI_PATH", str(tmp_path))
-    (one, other) = cni.problems(Spec(cni=conflist(BRIDGE)))
+    (one, other) = cni.problems(conflist(BRIDGE))
     assert "'bridge'" in str(one)
     assert "'host-local'" in str(other)

@@ -190,11 +190,10 @@ def test_cells_are_shown_in_the_order_of_paces():
 def test_runtimes_side_by_side():
     """What a runtime adds is measured by ping in its container; on the host's network nothing is corrected."""
     cells = [replace(CELL, runtime=word, pace=pace) for pace in ("flood", "1s") for word in plans.RUNTIMES]
-    found = Figures([made(n, cell) for cell in reversed(cells) for n in range(3)], MACHINE)
-    assert list(found.cells()) == cells
-    assert found.rows()[0]["added_p50_us"] == pytest.approx(30, abs=0.1)
-    low, high = found.rows()[0]["added_ci95_us"]
-    assert low <= found.rows()[0]["added_p50_us"] <= high
+    assert list(Figures([made(0, cell) for cell in reversed(cells)], MACHINE).cells()) == cells
+    row = Figures([made(n) for n in range(3)], MACHINE).rows()[0]
+    assert row["added_p50_us"] == pytest.approx(30, abs=0.1)
+    assert row["added_ci95_us"][0] <= row["added_p50_us"] <= row["added_ci95_us"][1]
     shared = repetition(0, CELL, {}, {"untraced": [60_000], "traced": [64_000]}, {"untraced": [61_000]}, WANTS)
     row = Figures([shared], MACHINE).rows()[0]
     assert (row["sent"], row["paired"], row["corrected_p50_us"], row["coverage"]) == (0, 0, None, None)
