@@ -29,7 +29,7 @@ static uint8_t grade_of(const struct life *life)
 	return life->flags & LIFE_OF_CONTENT ? GRADE_CONTENT : GRADE_EXACT;
 }
 
-/* An identifier of the life that depends on its first record only (correlator.lives.named). */
+/* An identifier of the life that depends on its first record only (correlator.records.named). */
 static uint64_t packet_of(const struct life *life)
 {
 	uint64_t packet = life->skb ^ (uint64_t)life->first_ts * GOLDEN;

@@ -26,14 +26,14 @@
 #define SAME_LENGTH 4
 #define WHOLE_COPY 8
 
-/* Bits of what is known of each hook number, as in correlator/asked.py. */
+/* Bits of what is known of each hook number, as in correlator/answers.py. */
 #define HOOK_DEVICE 1 /* a record names a device */
 #define HOOK_RECEIVES 2 /* a life that starts there may start at one device only */
 #define HOOK_ENDS 4 /* the buffer's end */
 #define HOOK_REASON 8 /* `reason` takes the place of the length */
 #define HOOK_MARKER 16 /* no record */
 
-/* Device numbers, as in correlator/lives.py; records hold them plus 2. */
+/* Device numbers, as in correlator/hops.py; records hold them plus 2. */
 #define UNKNOWN (-1)
 #define DISAGREE (-2)
 

@@ -6,7 +6,7 @@
 #include "joiner.h"
 
 #define FIRST_SHAPES 64
-#define HEADER 6 /* numbers before the rows of an answer (correlator/asked.py) */
+#define HEADER 6 /* numbers before the rows of an answer (correlator/answers.py) */
 #define ROW 6 /* numbers of a row */
 
 int shapes_init(struct joiner *j)
