@@ -1,7 +1,6 @@
-"""Hooks as plain numbers, for comparisons with arrays.
+"""Hooks as plain numbers, for comparisons with arrays and with the numbers that the compiled loop passes.
 
-Comparing an array of 200 elements with a member of an enumeration takes 3 µs, with a plain number 0.6 µs; a slice of a
-small stream consists mostly of such comparisons.
+Comparing an array of 200 elements with a member of an enumeration takes 3 µs, with a plain number 0.6 µs.
 """
 
 from __future__ import annotations
