@@ -142,7 +142,12 @@ class Lives:
         """Return the rows since the last call: in order of time, and then those of lives that had waited likewise."""
         if not self._rows:
             return Delays.empty()
-        return Delays(*map(np.frombuffer, self._joiner.rows(), Delays._DTYPES.values()))
+        dtypes = Delays._DTYPES.items()
+        columns = {
+            name: np.frombuffer(column, dtype)
+            for (name, dtype), column in zip(dtypes, self._joiner.rows(), strict=False)
+        }
+        return Delays(**columns)
 
     def windows(self, before_utc_ns: int | None) -> tuple[Ints, Ints]:
         """Return the windows that end at or before a time (None: all) and their cells, for `Windows.add_tables`."""

@@ -120,9 +120,6 @@ class LifeTimes:
     """Their other columns, without `skb`, which is 0."""
 
 
-NOTHING_OPEN: Final = Open(Records.of(Batch.empty()), np.zeros(0, np.int64), np.zeros(0, np.bool_))
-
-
 def laid_out(starts: Ints, size: Ints) -> Ints:
     """Return the concatenated indices of stretches that begin at `starts` and are `size` long."""
     index: Ints = np.arange(int(size.sum())) + np.repeat(starts - (np.cumsum(size) - size), size)

@@ -29,7 +29,7 @@ static uint8_t grade_of(const struct life *life)
 	return life->flags & LIFE_OF_CONTENT ? GRADE_CONTENT : GRADE_EXACT;
 }
 
-/* An identifier of the life that depends on its first record only (correlator.lives.named). */
+/* An identifier of the life that depends on its first record only (correlator.records.named). */
 static uint64_t packet_of(const struct life *life)
 {
 	uint64_t packet = life->skb ^ (uint64_t)life->first_ts * GOLDEN;
@@ -205,7 +205,7 @@ int life_ended(struct joiner *j, uint32_t which, bool freed, bool expired, bool 
 	if (!shape)
 		return -1;
 	if (shape->flags & (SHAPE_TAIL | SHAPE_HEAD) && life->records[shape->end].key)
-		return loose_add(j, which, shape->end, shape->flags & SHAPE_HEAD);
+		return loose_add(j, which, shape->end, shape->flags & SHAPE_HEAD, shape);
 	if (measure(j, life, shape))
 		return -1;
 	life_free(j, which);
@@ -214,7 +214,8 @@ int life_ended(struct joiner *j, uint32_t which, bool freed, bool expired, bool 
 
 /* --- lives of several buffers (correlator/links.py) ------------------------------------------------------------ */
 
-int loose_add(struct joiner *j, uint32_t which, uint32_t end, bool head)
+/* Let a life wait, whose shape may be known. */
+int loose_add(struct joiner *j, uint32_t which, uint32_t end, bool head, const struct shape *shape)
 {
 	struct life *life = &j->lives[which];
 
@@ -227,6 +228,8 @@ int loose_add(struct joiner *j, uint32_t which, uint32_t end, bool head)
 		.at = life->records[end].ts,
 		.life = which,
 		.end = end,
+		.shape = shape ? (uint32_t)(shape - j->shapes) : 0,
+		.learned = shape ? j->learned : 0,
 		.head = head,
 	};
 	j->loose_records += life->count;
@@ -253,11 +256,50 @@ static int by_time(const void *a, const void *b)
 	return one->life < other->life ? -1 : 1;
 }
 
+/*
+ * Bring lives of one key together, in order of time: by a hash into as many stretches as there are lives, most of which
+ * hold one life or none.
+ */
+static int in_groups(struct joiner *j)
+{
+	const uint32_t count = j->loose_count;
+	const unsigned int shift = count < 2 ? 31 : (unsigned int)__builtin_clz(count - 1);
+	const size_t stretches = (size_t)1 << (32 - shift);
+	struct loose *sorted = malloc(count * sizeof(*sorted));
+	uint32_t *ends = calloc(stretches, sizeof(*ends));
+	uint32_t begin = 0;
+
+	if (!sorted || !ends) {
+		free(sorted);
+		free(ends);
+		return -1;
+	}
+	for (uint32_t i = 0; i < count; i++)
+		ends[hashed(j, j->loose[i].key) >> shift]++;
+	for (size_t i = 0; i < stretches; i++) {
+		begin += ends[i];
+		ends[i] = begin - ends[i];
+	}
+	for (uint32_t i = 0; i < count; i++)
+		sorted[ends[hashed(j, j->loose[i].key) >> shift]++] = j->loose[i];
+	begin = 0;
+	for (size_t i = 0; i < stretches; i++) {
+		if (ends[i] - begin > 1)
+			qsort(sorted + begin, ends[i] - begin, sizeof(*sorted), by_key);
+		begin = ends[i];
+	}
+	memcpy(j->loose, sorted, count * sizeof(*sorted));
+	free(sorted);
+	free(ends);
+	return 0;
+}
+
 /* Measure a life that waits no longer. */
 static int let_go(struct joiner *j, const struct loose *loose)
 {
-	struct life *life = &j->lives[loose->life];
-	const struct shape *shape = shape_of(j, life);
+	const struct life *life = &j->lives[loose->life];
+	const bool known = loose->learned && loose->learned == j->learned;
+	const struct shape *shape = known ? &j->shapes[loose->shape] : shape_of(j, life);
 
 	j->loose_records -= life->count;
 	if (!shape || measure(j, life, shape))
@@ -271,17 +313,19 @@ static int join(struct joiner *j, const struct loose *tail, const struct loose *
 {
 	struct life *life = &j->lives[tail->life];
 	struct life *rest = &j->lives[head->life];
+	struct loose joined = *tail;
 
 	j->counts[MATCHED] += life->count - (tail->end + 1);
 	j->loose_records -= life->count - (tail->end + 1);
 	life->count = tail->end + 1;
 	for (uint32_t i = 0; i < rest->count; i++) {
-		if (life_append(j, life, &rest->records[i]))
+		if (life_append(life, &rest->records[i]))
 			return -1;
 	}
 	life->grade = GRADE_CONTENT;
 	life_free(j, head->life);
-	return let_go(j, tail);
+	joined.learned = 0;
+	return let_go(j, &joined);
 }
 
 /* Return 1 if the two are of one packet, 0 if not, -1 on failure. */
@@ -345,7 +389,8 @@ int loose_release(struct joiner *j, bool last, int64_t settled, int64_t most)
 		earliest = j->loose[i].at < earliest ? j->loose[i].at : earliest;
 	if (!count || (!last && plus(earliest, j->link) >= settled && j->loose_records <= most))
 		return 0;
-	qsort(j->loose, count, sizeof(*j->loose), by_key);
+	if (in_groups(j))
+		return -1;
 	for (uint32_t begin = 0, end; begin < count; begin = end) {
 		const struct loose *group = &j->loose[begin];
 

@@ -220,15 +220,7 @@ static void joiner_dealloc(PyObject *self)
 
 	PyObject_GC_UnTrack(self);
 	joiner_clear(self);
-	for (uint32_t i = 1; i <= j->life_count; i++)
-		free(j->lives[i].records);
-	free(j->lives);
-	while (j->free_rooms) {
-		union room *next = j->free_rooms->next;
-
-		free(j->free_rooms);
-		j->free_rooms = next;
-	}
+	lives_free(j);
 	for (size_t i = 0; i < sizeof(arrays) / sizeof(*arrays); i++)
 		free(arrays[i]);
 	release(self);

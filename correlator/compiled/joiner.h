@@ -26,14 +26,14 @@
 #define SAME_LENGTH 4
 #define WHOLE_COPY 8
 
-/* Bits of what is known of each hook number, as in correlator/asked.py. */
+/* Bits of what is known of each hook number, as in correlator/answers.py. */
 #define HOOK_DEVICE 1 /* a record names a device */
 #define HOOK_RECEIVES 2 /* a life that starts there may start at one device only */
 #define HOOK_ENDS 4 /* the buffer's end */
 #define HOOK_REASON 8 /* `reason` takes the place of the length */
 #define HOOK_MARKER 16 /* no record */
 
-/* Device numbers, as in correlator/lives.py; records hold them plus 2. */
+/* Device numbers, as in correlator/hops.py; records hold them plus 2. */
 #define UNKNOWN (-1)
 #define DISAGREE (-2)
 
@@ -93,14 +93,6 @@ struct record {
 	uint64_t flow;
 };
 
-#define FIRST_ROOM 8
-
-/* Room for the first records of a life; a free one holds the address of the next. */
-union room {
-	union room *next;
-	struct record records[FIRST_ROOM];
-};
-
 /* Flags of a life. */
 #define LIFE_UNSURE 1 /* the sighting of its last record can be several devices */
 #define LIFE_START 2 /* so can that of its first, and a life starts at few of them */
@@ -124,6 +116,8 @@ struct life {
 	uint8_t flags;
 	uint8_t grade; /* of a loose end; 0 before */
 };
+
+#define ROOMS 32
 
 struct slot {
 	uint64_t skb;
@@ -207,6 +201,8 @@ struct loose {
 	int64_t at;
 	uint32_t life;
 	uint32_t end;
+	uint32_t shape; /* index of the life's shape in `shapes`, ... */
+	uint32_t learned; /* ... as it was learned then; 0: not known */
 	bool head;
 };
 
@@ -241,6 +237,7 @@ struct joiner {
 	uint32_t *shape_slots, shape_mask;
 	struct shape *shapes;
 	uint32_t shape_count, shape_room;
+	uint32_t learned; /* times that the shapes were forgotten */
 	uint32_t *codes, code_count, code_room;
 	struct shape_row *shape_rows;
 	uint32_t shape_row_count, shape_row_room;
@@ -252,7 +249,7 @@ struct joiner {
 	struct life *lives; /* the first is not used */
 	uint32_t life_count, life_room;
 	uint32_t *free_lives, free_count;
-	union room *free_rooms;
+	struct record *rooms[ROOMS]; /* of the first records of lives, in stretches that double */
 	int64_t *gap_starts, *gap_ends; /* disjoint, in order */
 	uint32_t gap_count, gap_at;
 	int64_t gap_ts;
@@ -351,9 +348,10 @@ struct shape *shape_of(struct joiner *j, const struct life *life);
 
 /* lives.c */
 int lives_init(struct joiner *j);
+void lives_free(struct joiner *j);
 uint32_t life_new(struct joiner *j);
 void life_free(struct joiner *j, uint32_t which);
-int life_append(struct joiner *j, struct life *life, const struct record *record);
+int life_append(struct life *life, const struct record *record);
 int lives_take(struct joiner *j, const struct columns *columns);
 int lives_restore(struct joiner *j, const struct columns *columns);
 int lives_loosen(struct joiner *j, uint64_t skb, const struct loose *as, uint8_t grade);
@@ -369,7 +367,7 @@ PyObject *windows_take(struct joiner *j, int64_t before, bool all);
 /* ends.c */
 int life_ended(struct joiner *j, uint32_t which, bool freed, bool expired, bool left);
 int tell_start(struct joiner *j, struct life *life);
-int loose_add(struct joiner *j, uint32_t which, uint32_t end, bool head);
+int loose_add(struct joiner *j, uint32_t which, uint32_t end, bool head, const struct shape *shape);
 int loose_release(struct joiner *j, bool last, int64_t settled, int64_t most);
 int64_t loose_oldest(const struct joiner *j);
 

@@ -32,14 +32,15 @@ class Joiner:
     ) -> Joiner:
         """Make a joiner of no records.
 
-        `tables`, of 256 bytes each: by hook number, `correlator.answers.HOOKS`; by a record's traits, two bits that
-        matter where the key changes; by the number of bytes that a copy is shorter than its packet, whether it may be.
+        `tables`, of 256 bytes each: by hook number, bits of `correlator.answers.HookBit`; by a record's traits, the two
+        bits that matter where the key changes; by the number of bytes that a copy is shorter than its packet, whether
+        it may be.
 
         `times`: timeout of a life, longest time from a tail to its head, and what is added to times for UTC, ns.
         `wanted`: whether `rows` and `measured` are asked for.
 
-        `asked`, each called once for each case until `forget`: `Resolver.judge` with the keys that may change there,
-        `Resolver.start`, `Links.passes`, and `Answers.shape`.
+        `asked`: `judge`, `start`, `passes` and `shape` of `correlator.answers.Answers`, each called once for each case
+        until `forget`.
         """
 
     def forget(self, only: Ints, /) -> None:
@@ -52,7 +53,7 @@ class Joiner:
         """Add records, in order of time.
 
         `columns`: ts, skb, hook, dev, length, reason, and key, trait, flow, proto, cpu, each of which may be None; of
-        the dtypes of `contracts.records` and, for trait and flow, of `correlator.lives.Records`.
+        the dtypes of `contracts.records` and, for trait and flow, of `correlator.records.Records`.
         """
 
     def end(self, upto_ns: int, last: bool, open_records: int, loose_records: int, /) -> bytes:

@@ -5,8 +5,9 @@
 
 #include "joiner.h"
 
-#define FIRST_SLOTS 1024
-#define FIRST_LIVES 1024
+#define FIRST_SLOTS 128
+#define FIRST_LIVES 64u
+#define FIRST_ROOM 12 /* records; most packets have fewer */
 #define MOST_ROOM (1u << 28)
 #define LINE 64 /* bytes of a line of the cache */
 #define AHEAD 8 /* records that the table is asked for ahead of time */
@@ -92,9 +93,25 @@ static void remove_at(struct joiner *j, uint32_t at)
 
 /* --- lives and their records -------------------------------------------------------------------------------- */
 
+/* The first records of a life have a place of their own, in stretches of 64, 64, 128, 256, ... lives. */
+static uint32_t stretch_of(uint32_t which)
+{
+	return which < FIRST_LIVES ? 0 : 32 - (uint32_t)__builtin_clz(which / FIRST_LIVES);
+}
+
+static struct record *first_room(const struct joiner *j, uint32_t which)
+{
+	const uint32_t stretch = stretch_of(which);
+	const uint32_t first = stretch ? FIRST_LIVES << (stretch - 1) : 0;
+
+	return j->rooms[stretch] + (size_t)(which - first) * FIRST_ROOM;
+}
+
 static int more_lives(struct joiner *j)
 {
-	const uint32_t room = j->life_room ? 2 * j->life_room : FIRST_LIVES;
+	const uint32_t old = j->life_room;
+	const uint32_t room = old ? 2 * old : FIRST_LIVES;
+	struct record **stretch = &j->rooms[stretch_of(old)];
 	struct life *lives;
 	uint32_t *free_lives;
 
@@ -104,12 +121,16 @@ static int more_lives(struct joiner *j)
 	if (!free_lives)
 		return -1;
 	j->free_lives = free_lives;
+	if (!*stretch)
+		*stretch = malloc((size_t)(room - old) * FIRST_ROOM * sizeof(**stretch));
+	if (!*stretch)
+		return -1;
 	lives = aligned_alloc(LINE, room * sizeof(*lives));
 	if (!lives)
 		return -1;
 	memset(lives, 0, room * sizeof(*lives));
 	if (j->lives)
-		memcpy(lives, j->lives, j->life_room * sizeof(*lives));
+		memcpy(lives, j->lives, old * sizeof(*lives));
 	free(j->lives);
 	j->lives = lives;
 	j->life_room = room;
@@ -119,19 +140,18 @@ static int more_lives(struct joiner *j)
 /* Return an index of `lives`, or 0 without memory. */
 uint32_t life_new(struct joiner *j)
 {
-	union room *room = j->free_rooms;
 	uint32_t which;
 
 	if (!j->free_count && j->life_count + 1 >= j->life_room && more_lives(j))
 		return 0;
-	if (room)
-		j->free_rooms = room->next;
-	else
-		room = malloc(sizeof(*room));
-	if (!room)
-		return 0;
+	if (j->free_count > AHEAD) {
+		const uint32_t later = j->free_lives[j->free_count - AHEAD];
+
+		__builtin_prefetch(&j->lives[later], 1);
+		__builtin_prefetch(first_room(j, later), 1);
+	}
 	which = j->free_count ? j->free_lives[--j->free_count] : ++j->life_count;
-	j->lives[which] = (struct life){ .records = room->records, .room = FIRST_ROOM };
+	j->lives[which] = (struct life){ .records = first_room(j, which), .room = FIRST_ROOM };
 	return which;
 }
 
@@ -139,36 +159,43 @@ void life_free(struct joiner *j, uint32_t which)
 {
 	struct life *life = &j->lives[which];
 
-	if (life->room == FIRST_ROOM) {
-		union room *room = (union room *)(void *)life->records;
-
-		room->next = j->free_rooms;
-		j->free_rooms = room;
-	} else {
+	if (life->room > FIRST_ROOM)
 		free(life->records);
-	}
-	life->records = NULL;
-	life->count = 0;
+	life->count = life->room = 0;
 	j->free_lives[j->free_count++] = which;
+}
+
+void lives_free(struct joiner *j)
+{
+	for (uint32_t i = 1; i <= j->life_count; i++) {
+		if (j->lives[i].room > FIRST_ROOM)
+			free(j->lives[i].records);
+	}
+	free(j->lives);
+	for (int i = 0; i < ROOMS; i++)
+		free(j->rooms[i]);
 }
 
 static int longer(struct life *life)
 {
+	const size_t size = life->room * sizeof(*life->records);
+	const bool is_first = life->room == FIRST_ROOM;
 	struct record *records;
 
 	if (life->room >= MOST_ROOM)
 		return -1;
-	records = realloc(life->records, 2 * (size_t)life->room * sizeof(*records));
+	records = realloc(is_first ? NULL : life->records, 2 * size);
 	if (!records)
 		return -1;
+	if (is_first)
+		memcpy(records, life->records, size);
 	life->records = records;
 	life->room *= 2;
 	return 0;
 }
 
-int life_append(struct joiner *j, struct life *life, const struct record *record)
+int life_append(struct life *life, const struct record *record)
 {
-	(void)j;
 	if (life->count == life->room && longer(life))
 		return -1;
 	life->records[life->count++] = *record;
@@ -326,7 +353,7 @@ static inline __attribute__((always_inline)) int take(struct joiner *j, const st
 			record.cpu = c->cpu ? c->cpu[i] : 0;
 		}
 		record.code = (uint32_t)(number + 2) << 8 | (hook & 0x7fu) << 1 | crosses;
-		if (life_append(j, life, &record))
+		if (life_append(life, &record))
 			return -1;
 		life->last_ts = record.ts;
 		life->last_place = place;
@@ -423,7 +450,7 @@ int lives_restore(struct joiner *j, const struct columns *c)
 			life->flags = key && key == life->skb ? LIFE_OF_CONTENT : 0;
 		}
 		life = &j->lives[j->slots[at].life];
-		if (life_append(j, life, &record))
+		if (life_append(life, &record))
 			return -1;
 		if (key && life->key && key != life->key)
 			life->flags |= LIFE_OTHER;
@@ -451,7 +478,7 @@ int lives_loosen(struct joiner *j, uint64_t skb, const struct loose *as, uint8_t
 		return 1;
 	remove_at(j, at);
 	j->lives[which].grade = grade;
-	return loose_add(j, which, as->end, as->head);
+	return loose_add(j, which, as->end, as->head, NULL);
 }
 
 /* --- the end of a slice ------------------------------------------------------------------------------------- */
@@ -510,6 +537,10 @@ int lives_end(struct joiner *j, int64_t upto, bool last, int64_t most)
 		struct life *life = &j->lives[i];
 		bool idle;
 
+		if (i + AHEAD <= j->life_count && life[AHEAD].last_ts < idle_before) {
+			__builtin_prefetch(life[AHEAD].records);
+			__builtin_prefetch(&j->slots[hashed(j, life[AHEAD].skb) & j->slot_mask]);
+		}
 		if (!life->count || life->flags & LIFE_LOOSE)
 			continue;
 		if (life->flags & LIFE_START && tell_start(j, life))

@@ -5,7 +5,7 @@
 
 #include "joiner.h"
 
-#define FIRST_MOVES 1024
+#define FIRST_MOVES 128
 #define UNASKED (-3)
 #define PASSES \
 	((uint64_t)1 << 63) /* in a key: not a move of records, but from one device to another */
@@ -99,6 +99,9 @@ int start_asked(struct joiner *j, uint32_t sighting, int64_t *number)
 	PyObject *answer;
 	long told = -1;
 
+	*number = UNKNOWN;
+	if (sighting >= j->sightings)
+		return 0; /* a later topology does not list it */
 	if (j->starts[sighting] == UNASKED) {
 		PyEval_RestoreThread(j->thread);
 		answer = PyObject_CallFunction(j->start, "k", (unsigned long)sighting);

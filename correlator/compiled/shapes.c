@@ -5,8 +5,8 @@
 
 #include "joiner.h"
 
-#define FIRST_SHAPES 256
-#define HEADER 6 /* numbers before the rows of an answer (correlator/asked.py) */
+#define FIRST_SHAPES 64
+#define HEADER 6 /* numbers before the rows of an answer (correlator/answers.py) */
 #define ROW 6 /* numbers of a row */
 
 int shapes_init(struct joiner *j)
@@ -19,6 +19,7 @@ int shapes_init(struct joiner *j)
 void shapes_forget(struct joiner *j)
 {
 	memset(j->shape_slots, 0, ((size_t)j->shape_mask + 1) * sizeof(*j->shape_slots));
+	j->learned++;
 	j->shape_count = j->code_count = j->shape_row_count = j->wait_count = 0;
 }
 

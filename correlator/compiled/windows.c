@@ -5,8 +5,8 @@
 
 #include "joiner.h"
 
-#define FIRST_CELLS 4096
-#define FIRST_WINDOWS 256
+#define FIRST_CELLS 256
+#define FIRST_WINDOWS 64
 
 int windows_init(struct joiner *j)
 {

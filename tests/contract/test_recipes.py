@@ -704,8 +704,8 @@ def a_column(tree):
         f'    toy_odd: npt.NDArray[np.bool_]\n    """{meaning}"""\n',
     )
     tree.replace(schema, '        "waited": "?",\n', '        "waited": "?",\n        "toy_odd": "?",\n')
-    engine = "            waited=waited[life],\n"
-    tree.replace("correlator/engine.py", engine, engine + "            toy_odd=lives.length()[life] % 2 == 1,\n")
+    made = "        return Delays(**columns"
+    tree.replace("correlator/lives.py", f"{made})\n", f'{made}, toy_odd=columns["l3_len"] % 2 == 1)\n')
     tables = "storage/tables.py"
     tree.insert(tables, ")\nWINDOWS: Final", f'    Column("toy_odd", pa.bool_(), "{meaning}"),\n')
     last = "            _container_ids(delays.device, devices),\n"

@@ -18,6 +18,7 @@ import pytest
 
 from collector.bpf.object import OBJECT, OLD_OBJECT
 from collector.compiled import loops
+from correlator.compiled import joiner
 from mace import lab
 from mace.lab import Runtime, Spec
 from tests import images
@@ -129,7 +130,7 @@ def copy_tree(folder: Path) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     # `./dev setup` built them; the lab has no package index from which the image could get a compiler.
-    for file in (OBJECT, OLD_OBJECT, Path(loops.__file__)):
+    for file in (OBJECT, OLD_OBJECT, Path(loops.__file__), Path(joiner.__file__)):
         shutil.copy(file, folder / file.relative_to(ROOT))
     shutil.copytree(images.wheelhouse(), folder / "deploy/wheelhouse")
 

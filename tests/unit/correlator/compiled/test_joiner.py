@@ -197,6 +197,14 @@ def test_extreme_times_wrap():
     assert len(made.windows(None)[0])
 
 
+def test_a_start_that_a_later_topology_does_not_list():
+    made = joiner(start=lambda dev: 3)
+    made.forget(np.full(5, -1))
+    made.add(columns((1, 7, int(Hook.NETIF_RECEIVE_SKB), 4), (2, 7, Q, 4)))
+    made.forget(np.full(1, -1))
+    assert numbers(made.end(10, True, 100, 100)).matched == 2
+
+
 def test_a_long_life():
     made = joiner()
     made.add(columns(*((ts, 7, X, 1) for ts in range(5_000)), (5_000, 7, END, 0)))
