@@ -827,6 +827,7 @@ static __always_inline int mace_read_buffer(const struct mace_buffer *buffer, u6
 	/* All kinds of packets meet here. */
 	MACE_FORGET_OLD(&reader, flags);
 	MACE_FORGET_OLD(&reader, reader.used);
+	/* Of a product the verifier knows as much as of its factors: the hash's would differ. */
 	MACE_FORGET(&reader, words.first);
 	MACE_FORGET(&reader, words.second);
 	MACE_FORGET(&reader, words.payload);
