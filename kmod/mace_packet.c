@@ -16,10 +16,10 @@
  *	not IP		EtherType, the first 24 bytes
  *
  * and of a packet that carries another one (VXLAN, Geneve, GRE, IP in IP), of the packet inside, so
- * that it survives encapsulation. One layer is taken off: a tunnel in a tunnel is payload. The
- * hash's key is a constant: two hosts give one packet the same key. What the packet_key cannot
- * survive, because it makes other packets of it: segmentation, receive coalescing, fragmentation
- * and reassembly, and NAT helpers that rewrite payload.
+ * that it survives encapsulation. One layer is taken off: a tunnel in a tunnel is payload. The hash
+ * (uapi/mace_key.h) has no secret: two hosts give one packet the same key. What the packet_key
+ * cannot survive, because it makes other packets of it: segmentation, receive coalescing,
+ * fragmentation and reassembly, and NAT helpers that rewrite payload.
  *
  * A packet that was read is remembered, by the bytes that were read of it: the headers' words that
  * were looked at, each with its mask, and the payload. Reading goes through mace_take_bits() and
@@ -30,7 +30,8 @@
  * or the length of the buffer) is not remembered. A packet's entry is found by where its
  * data is, so that the packets of a burst do not take each other's place.
  *
- * Everything here runs in probes: no sleeping, no allocation, and no byte is read beyond bounds.
+ * Everything here runs in probes: no sleeping, no allocation, and no byte beyond bounds counts. Of
+ * short payload more bytes are loaded than there are, where memory is known to follow.
  */
 #include <linux/icmp.h>
 #include <linux/if_ether.h>
@@ -53,6 +54,8 @@
 
 /* Enough for any that hosts send; a hostile chain is cut here. */
 #define MACE_EXTENSION_HEADERS_MAX 6
+/* UDP's header and an echo's; more is often in a page. */
+#define MACE_PLAIN_BYTES 8
 
 unsigned short mace_vxlan_ports[MACE_TUNNEL_PORTS_MAX] = { 4789, 8472 };
 unsigned int mace_vxlan_port_count = 2;
@@ -62,8 +65,6 @@ unsigned int mace_geneve_port_count = 1;
 /* Bit n: a port of those is n modulo 64, so that most datagrams need no further look. */
 static u64 mace_tunnel_port_bits __read_mostly;
 
-/* Fixed, so that hosts agree; nothing is secret about it. */
-static const siphash_key_t mace_content_key = { { 0x4d41434520706b74ULL, 0x6b65792076312e30ULL } };
 /* Drawn at each load: a skb_id does not give away the buffer's address. */
 static siphash_key_t mace_skb_key __read_mostly;
 
@@ -89,6 +90,8 @@ static DEFINE_PER_CPU(u64[MACE_PAYLOAD_BYTES / sizeof(u64)], mace_peeked);
  * @reads: of @packet
  * @payload: of @packet
  * @payload_bytes: likewise
+ * @content: likewise
+ * @content_mask: likewise
  */
 struct mace_reader {
 	const struct sk_buff *skb;
@@ -102,47 +105,40 @@ struct mace_reader {
 	unsigned int reads;
 	int payload;
 	int payload_bytes;
+	u64 content[2];
+	u64 content_mask[2];
 };
 
-/* A copy of @len bytes, whose place is @from where that is known, with zeros behind it. */
-static noinline const void *mace_copy(const struct sk_buff *skb, int offset, const u8 *from,
-				      int len)
-{
-	u64 *copy = (u64 *)this_cpu_ptr(mace_peeked);
-	int i;
-
-	copy[0] = 0;
-	copy[1] = 0;
-	if (!from)
-		return skb_copy_bits(skb, offset, copy, len) ? NULL : copy;
-	for (i = 0; i < len; i++)
-		((u8 *)copy)[i] = from[i];
-	return copy;
-}
-
 /**
- * mace_peek_elsewhere() - bytes that are not all in the linear part
+ * mace_peek_elsewhere() - bytes that are neither all in the linear part nor all in the first page
  * @skb: the buffer
  * @offset: of the first, from skb->data
  * @len: how many, at most MACE_PAYLOAD_BYTES
  *
- * Context: interrupts off. Return: MACE_PAYLOAD_BYTES, with zeros behind @len: where they are, or a
- * copy until the next call on this CPU; NULL if there are no such bytes.
+ * Context: interrupts off. Return: a copy until the next call on this CPU, of MACE_PAYLOAD_BYTES,
+ * with zeros behind @len; NULL if there are no such bytes.
  */
 noinline const void *mace_peek_elsewhere(const struct sk_buff *skb, int offset, int len)
 {
-	/* Most payload. */
-	const u8 *start = mace_in_first_page(skb, offset - (int)skb_headlen(skb), len);
+	u64 *copy = (u64 *)this_cpu_ptr(mace_peeked);
 
-	if (start && len == MACE_PAYLOAD_BYTES)
-		return start;
-	return mace_copy(skb, offset, start, len);
+	copy[0] = 0;
+	copy[1] = 0;
+	return skb_copy_bits(skb, offset, copy, len) ? NULL : copy;
+}
+
+/* The bits of the eight bytes from @at on that are before @len. */
+static __always_inline u64 mace_mask_before(int at, int len)
+{
+	if (len >= at + 8)
+		return ~0ULL;
+	return len > at ? (__force u64)cpu_to_be64(~0ULL << (64 - 8 * (len - at))) : 0;
 }
 
 /* Whether there are @len bytes at @offset. */
 static __always_inline bool mace_has(struct mace_reader *reader, int offset, int len)
 {
-	if (likely(offset + len <= reader->bytes))
+	if (likely(offset + len <= reader->in_place) || offset + len <= reader->bytes)
 		return true;
 	reader->noted = false;
 	return false;
@@ -229,7 +225,7 @@ static __always_inline void mace_read_tcp(struct mace_reader *reader, int offset
 	mace_has_payload(headers, offset + (bits >> 12) * 4, MACE_PAYLOAD_BYTES);
 }
 
-static bool mace_is_among(const unsigned short *ports, unsigned int count, u16 port)
+static __always_inline bool mace_is_among(const unsigned short *ports, unsigned int count, u16 port)
 {
 	unsigned int i;
 
@@ -253,8 +249,14 @@ static __always_inline void mace_read_tunnel_in_udp(struct mace_reader *reader, 
 	u32 head;
 
 	if (mace_is_among(mace_vxlan_ports, mace_vxlan_port_count, port)) {
+		if (!mace_has(reader, offset, 8))
+			return;
+		/* One read has the flags, and what the last one had of UDP's header. */
+		if (likely(reader->noted))
+			reader->reads--;
+		head = mace_take_bits(reader, offset - 7, 0x00ffffffff0000ffULL);
 		/* RFC 7348, section 5: of the flags only "I", a valid VNI, and that one is set. */
-		if (mace_has(reader, offset, 8) && mace_take(reader, offset, 1) == 0x08)
+		if ((head & 0xff) == 0x08)
 			mace_carries(headers, offset + 8, ETH_P_TEB);
 	} else if (mace_is_among(mace_geneve_ports, mace_geneve_port_count, port)) {
 		if (!mace_has(reader, offset, 8))
@@ -395,7 +397,22 @@ static __always_inline int mace_end(struct mace_reader *reader, int offset, int 
 	return reader->bytes;
 }
 
-static __always_inline bool mace_read_ipv4(struct mace_reader *reader, int offset,
+/* Without options, and what most protocols have for a header is in place. */
+static __always_inline bool mace_is_plain_ipv4(const struct mace_reader *reader)
+{
+	return reader->in_place >= (int)sizeof(struct iphdr) + MACE_PLAIN_BYTES &&
+	       reader->at[0] == 0x45 && get_unaligned((const u16 *)(reader->at + 2));
+}
+
+/* The same of IPv6; extension headers are protocols that are not plain. */
+static __always_inline bool mace_is_plain_ipv6(const struct mace_reader *reader)
+{
+	return reader->in_place >= (int)sizeof(struct ipv6hdr) + MACE_PLAIN_BYTES &&
+	       reader->at[0] >> 4 == 6 && get_unaligned((const u16 *)(reader->at + 4));
+}
+
+/* @plain, where the compiler knows it: mace_is_plain_ipv4(), and the header is all that is read. */
+static __always_inline bool mace_read_ipv4(struct mace_reader *reader, int offset, bool plain,
 					   struct mace_headers *headers)
 {
 	u16 fragment, length;
@@ -406,8 +423,8 @@ static __always_inline bool mace_read_ipv4(struct mace_reader *reader, int offse
 		return false;
 	/* All but the type of service, which routers mark. */
 	head = mace_take_bits(reader, offset, 0xff00ffffffffffffULL);
-	ihl = head >> 56 & 0xf;
-	if (head >> 60 != 4 || ihl < 5)
+	ihl = plain ? 5 : head >> 56 & 0xf;
+	if (!plain && (head >> 60 != 4 || ihl < 5))
 		return false;
 	length = head >> 32;
 	fragment = head;
@@ -415,7 +432,9 @@ static __always_inline bool mace_read_ipv4(struct mace_reader *reader, int offse
 	headers->first = 4ULL << 56 | mace_take(reader, offset + 9, 1) << 48 |
 			 (head >> 16 & 0xffffffff);
 	headers->flags = MACE_FLAG_KEY;
-	headers->end = length ? offset + length : mace_end(reader, offset, 0);
+	headers->end = plain || length ? offset + length : mace_end(reader, offset, 0);
+	if (plain)
+		return true;
 	mace_read_upper(reader, offset + ihl * 4, 4, (fragment & IP_OFFSET) * 8, headers);
 	if (fragment & (IP_MF | IP_OFFSET))
 		mace_read_fragment((fragment & IP_OFFSET) * 8, headers);
@@ -428,7 +447,8 @@ static bool mace_is_extension(u8 proto)
 	       proto == NEXTHDR_AUTH || proto == NEXTHDR_DEST;
 }
 
-static __always_inline bool mace_read_ipv6(struct mace_reader *reader, int offset,
+/* @plain: as of mace_read_ipv4(). */
+static __always_inline bool mace_read_ipv6(struct mace_reader *reader, int offset, bool plain,
 					   struct mace_headers *headers)
 {
 	u16 length, fragment_offset = 0, id = 0;
@@ -447,8 +467,9 @@ static __always_inline bool mace_read_ipv6(struct mace_reader *reader, int offse
 	proto = head >> 8;
 	offset += sizeof(struct ipv6hdr);
 	headers->flags = MACE_FLAG_KEY;
-	headers->end = mace_end(reader, offset, length);
-	for (i = 0; i < MACE_EXTENSION_HEADERS_MAX && !fragment_offset; i++) {
+	headers->end = plain ? offset + length : mace_end(reader, offset, length);
+	for (i = plain ? MACE_EXTENSION_HEADERS_MAX : 0;
+	     i < MACE_EXTENSION_HEADERS_MAX && !fragment_offset; i++) {
 		if (!mace_is_extension(proto))
 			break;
 		if (!mace_has(reader, offset, 8)) {
@@ -469,6 +490,8 @@ static __always_inline bool mace_read_ipv6(struct mace_reader *reader, int offse
 		proto = head >> 56;
 	}
 	headers->first = 6ULL << 56 | (u64)proto << 48 | (u64)length << 16 | id;
+	if (plain)
+		return true;
 	if (offset)
 		mace_read_upper(reader, offset, 6, fragment_offset, headers);
 	if (fragment)
@@ -482,58 +505,137 @@ static __always_inline struct mace_headers mace_read_ip(struct mace_reader *read
 	struct mace_headers headers = {};
 
 	if (protocol == ETH_P_IP)
-		mace_read_ipv4(reader, offset, &headers);
+		mace_read_ipv4(reader, offset, false, &headers);
 	else if (protocol == ETH_P_IPV6)
-		mace_read_ipv6(reader, offset, &headers);
+		mace_read_ipv6(reader, offset, false, &headers);
 	return headers;
 }
 
 /* --- the key's words -------------------------------------------------------------- */
 
-/* The first bytes of a word, from the number that they are. */
-static u64 mace_first_bytes(u64 number, int bytes)
+/* Eight bytes as they are. */
+static __always_inline u64 mace_take_word(struct mace_reader *reader, int offset)
 {
-	return (__force u64)cpu_to_be64(number << (64 - 8 * bytes));
+	return (__force u64)cpu_to_be64(mace_take(reader, offset, 8));
 }
 
 static __always_inline void mace_take_payload(struct mace_reader *reader,
-					      const struct mace_headers *headers,
-					      struct mace_words *words)
+					      const struct mace_headers *headers)
 {
 	int offset = headers->payload, bytes = headers->payload_bytes;
 	const u8 *payload = reader->at + offset;
 
 	if (!offset || bytes <= 0 || !mace_has(reader, offset, bytes))
 		return;
-	if (likely(bytes == MACE_PAYLOAD_BYTES) || offset + bytes > reader->in_place) {
-		reader->payload = offset;
-		reader->payload_bytes = bytes;
-		if (offset + bytes > reader->in_place)
+	if (offset + bytes > reader->in_place) {
+		payload = mace_in_first_page(reader->skb, offset - reader->in_place, bytes);
+		if (unlikely(!payload))
 			payload = mace_peek_elsewhere(reader->skb, reader->offset + offset, bytes);
 		if (unlikely(!payload)) {
 			reader->noted = false;
 			return;
 		}
-		words->payload = get_unaligned((const u64 *)payload);
-		words->payload2 = get_unaligned((const u64 *)(payload + 8));
-		return;
 	}
-	/* In place, and behind a header, so that there are eight bytes that end with these. */
-	words->payload = mace_first_bytes(mace_take(reader, offset, min(bytes, 8)), min(bytes, 8));
-	if (bytes > 8)
-		words->payload2 =
-			mace_first_bytes(mace_take(reader, offset + 8, bytes - 8), bytes - 8);
+	reader->payload = offset;
+	reader->payload_bytes = bytes;
+	reader->content_mask[0] = ~0ULL;
+	reader->content_mask[1] = ~0ULL;
+	if (unlikely(bytes < MACE_PAYLOAD_BYTES)) {
+		reader->content_mask[0] = mace_mask_before(0, bytes);
+		reader->content_mask[1] = mace_mask_before(8, bytes);
+	}
+	/* In place, as in a page, what is behind may be loaded: see mace_is_same(). */
+	reader->content[0] = get_unaligned((const u64 *)payload) & reader->content_mask[0];
+	reader->content[1] = get_unaligned((const u64 *)(payload + 8)) & reader->content_mask[1];
 }
 
+/* The words of what is not IP; its content is among what was noted. */
 static __always_inline bool mace_take_other(struct mace_reader *reader, int offset, u16 protocol,
 					    struct mace_words *words)
 {
 	if (!mace_has(reader, offset, 3 * sizeof(u64)))
 		return false;
 	words->first = protocol;
-	words->second = mace_first_bytes(mace_take(reader, offset, 8), 8);
-	words->payload = mace_first_bytes(mace_take(reader, offset + 8, 8), 8);
-	words->payload2 = mace_first_bytes(mace_take(reader, offset + 16, 8), 8);
+	words->second = mace_take_word(reader, offset);
+	words->payload = mace_take_word(reader, offset + 8);
+	words->payload2 = mace_take_word(reader, offset + 16);
+	return true;
+}
+
+static __always_inline struct mace_words mace_words_of(const struct mace_reader *reader,
+						       const struct mace_headers *headers)
+{
+	return (struct mace_words){
+		.first = headers->first,
+		.second = headers->second,
+		.payload = reader->content[0],
+		.payload2 = reader->content[1],
+	};
+}
+
+/* Find the packet that @outer carries, behind the head of its frame if it is in one. */
+static __always_inline bool mace_find_inner(struct mace_reader *reader,
+					    const struct mace_headers *outer, int *offset,
+					    u16 *protocol)
+{
+	int i;
+
+	*offset = outer->inner;
+	*protocol = outer->inner_protocol;
+	if (*protocol != ETH_P_TEB)
+		return true;
+	if (!mace_has(reader, *offset, ETH_HLEN))
+		return false;
+	*protocol = mace_take(reader, *offset + offsetof(struct ethhdr, h_proto), 2);
+	*offset += ETH_HLEN;
+	for (i = 0; i < 2 && unlikely(eth_type_vlan(htons(*protocol))); i++) {
+		if (!mace_has(reader, *offset, VLAN_HLEN))
+			break;
+		*protocol = mace_take(reader, *offset + 2, 2);
+		*offset += VLAN_HLEN;
+	}
+	return true;
+}
+
+static __always_inline void mace_note_again(struct mace_reader *reader,
+					    const struct mace_packet *last, int read, int offset)
+{
+	struct mace_packet *packet = reader->packet;
+
+	packet->offset[reader->reads] = offset + last->offset[read];
+	packet->value[reader->reads] = last->value[read];
+	packet->mask[reader->reads] = last->mask[read];
+	reader->reads++;
+}
+
+/*
+ * Whether what is at @offset is the packet of the last hook: it went into a tunnel. What it was
+ * read by is what the tunnel's is read by, and its key is the tunnel's. A tunnel itself would be
+ * only payload here, and what is not IP may be none.
+ */
+static __always_inline bool mace_take_last(struct mace_reader *reader,
+					   const struct mace_packet *last, int offset, u16 protocol)
+{
+	int i = MACE_READS_MIN;
+
+	if (last == reader->packet || !last->record.ip_version ||
+	    (last->flags & (MACE_FLAG_KEY | MACE_FLAG_TUNNEL)) != MACE_FLAG_KEY ||
+	    reader->reads + last->reads > MACE_READS_MAX ||
+	    !mace_is_same(last, reader->skb, reader->offset + offset, htons(protocol)))
+		return false;
+	mace_note_again(reader, last, 0, offset);
+	mace_note_again(reader, last, 1, offset);
+	mace_note_again(reader, last, 2, offset);
+	mace_note_again(reader, last, 3, offset);
+	for (; unlikely(i < last->reads); i++)
+		mace_note_again(reader, last, i, offset);
+	reader->noted_bytes = max(reader->noted_bytes, offset + last->in_place);
+	reader->payload = last->payload ? offset + last->payload : 0;
+	reader->payload_bytes = last->payload_bytes;
+	reader->content[0] = last->content[0];
+	reader->content[1] = last->content[1];
+	reader->content_mask[0] = last->content_mask[0];
+	reader->content_mask[1] = last->content_mask[1];
 	return true;
 }
 
@@ -542,61 +644,27 @@ static __always_inline bool mace_take_inner(struct mace_reader *reader,
 					    const struct mace_headers *outer,
 					    struct mace_words *words)
 {
-	u16 protocol = outer->inner_protocol;
-	bool frame = protocol == ETH_P_TEB;
 	struct mace_headers headers;
-	int offset = outer->inner;
-	int i;
+	u16 protocol;
+	int offset;
 
-	if (frame) {
-		if (!mace_has(reader, offset, ETH_HLEN))
-			return false;
-		protocol = mace_take(reader, offset + offsetof(struct ethhdr, h_proto), 2);
-		offset += ETH_HLEN;
-		for (i = 0; i < 2 && eth_type_vlan(htons(protocol)); i++) {
-			if (!mace_has(reader, offset, VLAN_HLEN))
-				break;
-			protocol = mace_take(reader, offset + 2, 2);
-			offset += VLAN_HLEN;
-		}
-	}
+	if (!mace_find_inner(reader, outer, &offset, &protocol))
+		return false;
 	headers = mace_read_ip(reader, offset, protocol);
 	if (!headers.flags)
-		return frame && mace_take_other(reader, offset, protocol, words);
-	words->first = headers.first;
-	words->second = headers.second;
-	mace_take_payload(reader, &headers, words);
+		return outer->inner_protocol == ETH_P_TEB &&
+		       mace_take_other(reader, offset, protocol, words);
+	mace_take_payload(reader, &headers);
+	*words = mace_words_of(reader, &headers);
 	return true;
-}
-
-/* Not 0, which stands for "unknown". */
-static u64 mace_key(const struct mace_words *words)
-{
-	u64 key = siphash_4u64(words->first, words->second, words->payload, words->payload2,
-			       &mace_content_key);
-
-	return key ? key : 1;
-}
-
-/* Whether @packet's key is the hash of @words. */
-static bool mace_has_words(const struct mace_packet *packet, const struct mace_words *words)
-{
-	return packet->words.first == words->first && packet->words.second == words->second &&
-	       packet->words.payload == words->payload &&
-	       packet->words.payload2 == words->payload2 && packet->flags & MACE_FLAG_KEY;
 }
 
 /* --- packets ---------------------------------------------------------------------- */
 
-/*
- * @packet anew. @latest was in the same data before, @last is that of the last hook. All of it is
- * one function, so that the compiler can have the reader in registers.
- */
-static noinline void mace_read_anew(struct mace_packet *packet, const struct mace_packet *latest,
-				    const struct mace_packet *last, const struct sk_buff *skb,
-				    int offset, __be16 protocol)
+static __always_inline struct mace_reader mace_reader_of(struct mace_packet *packet,
+							 const struct sk_buff *skb, int offset)
 {
-	struct mace_reader reader = {
+	return (struct mace_reader){
 		.skb = skb,
 		.packet = packet,
 		.at = skb->data + offset,
@@ -605,11 +673,64 @@ static noinline void mace_read_anew(struct mace_packet *packet, const struct mac
 		.bytes = (int)skb->len - offset,
 		.noted = true,
 	};
-	struct mace_headers headers = mace_read_ip(&reader, 0, ntohs(protocol));
+}
+
+/* The packet of @reader is read: all of it but who it is in. */
+static __always_inline void mace_is_read(const struct mace_reader *reader,
+					 const struct mace_headers *headers, __be16 protocol,
+					 u8 version, u8 proto, u8 flags, u64 key)
+{
+	struct mace_packet *packet = reader->packet;
 	struct mace_record *record = &packet->record;
-	struct mace_words words = { .first = headers.first, .second = headers.second };
+	const u8 *ports = reader->at + headers->ports;
+	unsigned int reads;
+
+	if (unlikely(headers->ports + 4 > reader->in_place))
+		ports = mace_peek_elsewhere(reader->skb, reader->offset + headers->ports, 4);
+	if (ports)
+		mace_set_ports(packet, ports);
+	if (!headers->ports || !ports) {
+		record->l4_src = 0;
+		record->l4_dst = 0;
+	}
+	record->ip_version = version;
+	record->l4_proto = proto;
+	record->flags = flags;
+	record->l4_bits = headers->first >> 40;
+	record->ip_id = version == 4 ? headers->first : 0;
+	record->l4_seq = 0;
+	if (flags & MACE_FLAG_FRAGMENT)
+		record->l4_seq = headers->second; /* without the uppermost bit */
+	else if (proto == IPPROTO_TCP || proto == IPPROTO_SCTP)
+		record->l4_seq = headers->second >> 32;
+	record->packet_key = key;
+
+	packet->content[0] = reader->content[0];
+	packet->content[1] = reader->content[1];
+	packet->content_mask[0] = reader->content_mask[0];
+	packet->content_mask[1] = reader->content_mask[1];
+	packet->protocol = reader->noted ? (__force u16)protocol : MACE_PROTOCOL_NONE;
+	packet->in_place = reader->noted_bytes;
+	packet->payload = reader->payload;
+	packet->payload_bytes = reader->payload_bytes;
+	packet->ports = headers->ports;
+	packet->flags = flags;
+	/* mace_is_same() compares as many. */
+	for (reads = reader->reads; reads < MACE_READS_MIN || reads % 2; reads++) {
+		packet->offset[reads] = 0;
+		packet->mask[reads] = 0;
+	}
+	packet->reads = reads;
+}
+
+/* Read @packet anew. All in one function, so that the compiler can have the reader in registers. */
+static noinline void mace_read_anew(struct mace_packet *packet, const struct sk_buff *skb,
+				    int offset, __be16 protocol)
+{
+	struct mace_reader reader = mace_reader_of(packet, skb, offset);
+	struct mace_headers headers = mace_read_ip(&reader, 0, ntohs(protocol));
+	struct mace_words words;
 	u8 flags = headers.flags;
-	const u8 *ports = NULL;
 
 	if (unlikely(!flags)) {
 		if (mace_take_other(&reader, 0, ntohs(protocol), &words))
@@ -617,47 +738,139 @@ static noinline void mace_read_anew(struct mace_packet *packet, const struct mac
 	} else if (unlikely(headers.inner) && mace_take_inner(&reader, &headers, &words)) {
 		flags |= MACE_FLAG_TUNNEL;
 	} else {
-		mace_take_payload(&reader, &headers, &words);
+		mace_take_payload(&reader, &headers);
+		words = mace_words_of(&reader, &headers);
 	}
-	if (headers.ports)
-		ports = likely(headers.ports + 4 <= reader.in_place) ?
-				reader.at + headers.ports :
-				mace_peek_elsewhere(skb, offset + headers.ports, 4);
+	mace_is_read(&reader, &headers, protocol, headers.first >> 56, headers.first >> 48, flags,
+		     flags & MACE_FLAG_KEY ? mace_key(&words) : 0);
+}
 
-	record->l4_src = ports ? get_unaligned_be16(ports) : 0;
-	record->l4_dst = ports ? get_unaligned_be16(ports + 2) : 0;
-	record->ip_version = headers.first >> 56;
-	record->l4_proto = headers.first >> 48;
-	record->l4_bits = headers.first >> 40;
-	record->ip_id = record->ip_version == 4 ? headers.first : 0;
-	record->l4_seq = 0;
-	if (flags & MACE_FLAG_FRAGMENT)
-		record->l4_seq = headers.second; /* without the uppermost bit */
-	else if (record->l4_proto == IPPROTO_TCP || record->l4_proto == IPPROTO_SCTP)
-		record->l4_seq = headers.second >> 32;
-	/* A packet that goes into a tunnel, or comes out of it, has the key that it had. */
-	if (!(flags & MACE_FLAG_KEY))
-		record->packet_key = 0;
-	else if (mace_has_words(latest, &words))
-		record->packet_key = latest->record.packet_key;
-	else if (mace_has_words(last, &words))
-		record->packet_key = last->record.packet_key;
+/* The rest of a packet without another one in it. */
+static __always_inline bool mace_read_plain_payload(struct mace_reader *reader,
+						    const struct mace_headers *headers, u8 version,
+						    u8 proto)
+{
+	struct mace_words words;
+
+	mace_take_payload(reader, headers);
+	if (unlikely(!reader->noted))
+		return false;
+	words = mace_words_of(reader, headers);
+	mace_is_read(reader, headers, htons(version == 4 ? ETH_P_IP : ETH_P_IPV6), version, proto,
+		     headers->flags, mace_key(&words));
+	return true;
+}
+
+/* The rest of one that carries that of the last hook, or none. */
+static __always_inline bool mace_read_plain_tunnel(struct mace_reader *reader,
+						   const struct mace_headers *headers, u8 proto,
+						   const struct mace_packet *last)
+{
+	u16 protocol;
+	int offset;
+
+	if (!headers->inner || !mace_find_inner(reader, headers, &offset, &protocol) ||
+	    !reader->noted || !mace_take_last(reader, last, offset, protocol))
+		return false;
+	mace_is_read(reader, headers, htons(ETH_P_IP), 4, proto, headers->flags | MACE_FLAG_TUNNEL,
+		     last->record.packet_key);
+	return true;
+}
+
+/* A later fragment, or the first one of a datagram. */
+static __always_inline bool mace_read_plain_fragment(struct mace_reader *reader,
+						     struct mace_headers *headers, u16 fragment)
+{
+	const int upper = sizeof(struct iphdr);
+	u8 proto = headers->first >> 48;
+
+	if (fragment & IP_OFFSET)
+		mace_has_payload(headers, upper, MACE_PAYLOAD_BYTES);
+	else if (proto == IPPROTO_UDP)
+		mace_read_udp(reader, upper, headers);
 	else
-		record->packet_key = mace_key(&words);
+		return false;
+	mace_read_fragment((fragment & IP_OFFSET) * 8, headers);
+	return mace_read_plain_payload(reader, headers, 4, proto);
+}
 
-	packet->words = words;
-	packet->protocol = reader.noted ? (__force u16)protocol : MACE_PROTOCOL_NONE;
-	packet->in_place = reader.noted_bytes;
-	packet->payload = reader.payload;
-	packet->payload_bytes = reader.payload_bytes;
-	packet->ports = headers.ports;
-	packet->flags = flags;
-	/* mace_is_same() always compares as many. */
-	for (; reader.reads < MACE_READS_MIN; reader.reads++) {
-		packet->offset[reader.reads] = 0;
-		packet->mask[reader.reads] = 0;
+/*
+ * mace_read_anew() for most packets: where all is in its usual place, the compiler knows offsets,
+ * masks and how many reads there are. @last is the packet of the last hook. Return: false: @packet
+ * is none of these, and not read.
+ */
+static __always_inline bool mace_read_plain_ipv4(struct mace_packet *packet,
+						 const struct mace_packet *last,
+						 const struct sk_buff *skb, int offset)
+{
+	struct mace_reader reader = mace_reader_of(packet, skb, offset);
+	const int upper = sizeof(struct iphdr);
+	struct mace_headers headers = {};
+	u16 fragment;
+
+	if (!mace_is_plain_ipv4(&reader))
+		return false;
+	mace_read_ipv4(&reader, 0, true, &headers);
+	fragment = get_unaligned_be16(reader.at + offsetof(struct iphdr, frag_off));
+	if (unlikely(fragment & (IP_MF | IP_OFFSET)))
+		return mace_read_plain_fragment(&reader, &headers, fragment);
+	switch (headers.first >> 48 & 0xff) {
+	case IPPROTO_TCP:
+		if (reader.in_place < upper + (int)sizeof(struct tcphdr))
+			return false;
+		mace_read_tcp(&reader, upper, &headers);
+		return mace_read_plain_payload(&reader, &headers, 4, IPPROTO_TCP);
+	case IPPROTO_UDP:
+		mace_read_udp(&reader, upper, &headers);
+		if (likely(!headers.inner))
+			return mace_read_plain_payload(&reader, &headers, 4, IPPROTO_UDP);
+		return mace_read_plain_tunnel(&reader, &headers, IPPROTO_UDP, last);
+	case IPPROTO_ICMP:
+		mace_read_icmp(&reader, upper, 4, &headers);
+		return mace_read_plain_payload(&reader, &headers, 4, IPPROTO_ICMP);
+	case IPPROTO_GRE:
+		mace_read_gre(&reader, upper, &headers);
+		return mace_read_plain_tunnel(&reader, &headers, IPPROTO_GRE, last);
+	case IPPROTO_IPIP:
+		mace_carries(&headers, upper, ETH_P_IP);
+		return mace_read_plain_tunnel(&reader, &headers, IPPROTO_IPIP, last);
+	default:
+		return false;
 	}
-	packet->reads = reader.reads;
+}
+
+/* The same of IPv6; what is in a tunnel is read by mace_read_anew(). */
+static __always_inline bool mace_read_plain_ipv6(struct mace_packet *packet,
+						 const struct sk_buff *skb, int offset)
+{
+	struct mace_reader reader = mace_reader_of(packet, skb, offset);
+	const int upper = sizeof(struct ipv6hdr);
+	struct mace_headers headers = {};
+
+	if (!mace_is_plain_ipv6(&reader))
+		return false;
+	mace_read_ipv6(&reader, 0, true, &headers);
+	switch (headers.first >> 48 & 0xff) {
+	case IPPROTO_TCP:
+		if (reader.in_place < upper + (int)sizeof(struct tcphdr))
+			return false;
+		mace_read_tcp(&reader, upper, &headers);
+		return mace_read_plain_payload(&reader, &headers, 6, IPPROTO_TCP);
+	case IPPROTO_UDP:
+		mace_read_udp(&reader, upper, &headers);
+		return !headers.inner && mace_read_plain_payload(&reader, &headers, 6, IPPROTO_UDP);
+	default:
+		return false;
+	}
+}
+
+static __always_inline bool mace_read_plain(struct mace_packet *packet,
+					    const struct mace_packet *last,
+					    const struct sk_buff *skb, int offset, __be16 protocol)
+{
+	if (likely(protocol == htons(ETH_P_IP)))
+		return mace_read_plain_ipv4(packet, last, skb, offset);
+	return protocol == htons(ETH_P_IPV6) && mace_read_plain_ipv6(packet, skb, offset);
 }
 
 /**
@@ -696,7 +909,8 @@ static __always_inline struct mace_packet *mace_read(struct mace_data *data,
 		data->latest = packet;
 		if (!mace_is_same(packet, skb, offset, protocol)) {
 			if (last == latest || !mace_is_same(last, skb, offset, protocol)) {
-				mace_read_anew(packet, latest, last, skb, offset, protocol);
+				if (!mace_read_plain(packet, last, skb, offset, protocol))
+					mace_read_anew(packet, skb, offset, protocol);
 				return packet;
 			}
 			*packet = *last;
@@ -704,6 +918,14 @@ static __always_inline struct mace_packet *mace_read(struct mace_data *data,
 	}
 	mace_read_ports(packet, skb, offset);
 	return packet;
+}
+
+/* For what happens seldom. */
+static noinline struct mace_packet *mace_read_seldom(struct mace_data *data,
+						     const struct sk_buff *skb, int offset,
+						     __be16 protocol, bool compared)
+{
+	return mace_read(data, skb, offset, protocol, compared);
 }
 
 /*
@@ -734,41 +956,47 @@ static noinline int mace_find_vlan(const struct sk_buff *skb, int offset, __be16
 }
 
 /* With a tag, or with an offset of nobody's making, as of a packet socket's frame, never parsed. */
-static noinline struct mace_packet *
-mace_read_unusual(struct mace_data *data, const struct sk_buff *skb, int *l3_offset, int *tci)
+static noinline struct mace_record *mace_read_unusual(const struct sk_buff *skb, int l3_offset)
 {
+	int tci = skb_vlan_tag_present(skb) ? skb_vlan_tag_get(skb) : -1;
 	__be16 protocol = skb->protocol;
+	struct mace_packet *packet;
+	struct mace_record *record;
 
-	if (unlikely((unsigned int)*l3_offset > skb->len))
-		*l3_offset = min_t(int, skb->dev->hard_header_len, skb->len);
+	if (unlikely((unsigned int)l3_offset > skb->len))
+		l3_offset = min_t(int, skb->dev->hard_header_len, skb->len);
 	if (unlikely(eth_type_vlan(protocol)))
-		*l3_offset = mace_find_vlan(skb, *l3_offset, &protocol, tci);
-	return mace_read(data, skb, *l3_offset, protocol, false);
+		l3_offset = mace_find_vlan(skb, l3_offset, &protocol, &tci);
+	packet = mace_read_seldom(mace_data_of(mace_head_hash(skb)), skb, l3_offset, protocol,
+				  false);
+	record = mace_record_of(packet, skb);
+	record->l3_len = max_t(int, (int)skb->len - l3_offset, 0);
+	if (tci >= 0) {
+		record->vlan = tci;
+		record->flags |= MACE_FLAG_VLAN;
+	}
+	return record;
 }
 
 /**
  * mace_packet_read_other() - mace_packet_read_device() for a packet that is not the latest
  * @skb: the packet
- * @l3_offset: where the network layer begins, from skb->data
+ * @head_hash: as there
+ * @l3_offset: as there
  *
  * Context: interrupts off. Return: as there.
  */
-struct mace_record *mace_packet_read_other(const struct sk_buff *skb, int l3_offset)
+struct mace_record *mace_packet_read_other(const struct sk_buff *skb, u64 head_hash, int l3_offset)
 {
-	int tci = skb_vlan_tag_present(skb) ? skb_vlan_tag_get(skb) : -1;
-	struct mace_data *data = mace_data_of(skb);
 	struct mace_packet *packet;
 	struct mace_record *record;
 
-	if (likely(tci < 0 && (unsigned int)l3_offset <= skb->len && !eth_type_vlan(skb->protocol)))
-		packet = mace_read(data, skb, l3_offset, skb->protocol, true);
-	else
-		packet = mace_read_unusual(data, skb, &l3_offset, &tci);
+	if (unlikely(skb_vlan_tag_present(skb) || (unsigned int)l3_offset > skb->len ||
+		     eth_type_vlan(skb->protocol)))
+		return mace_read_unusual(skb, l3_offset);
+	packet = mace_read(mace_data_of(head_hash), skb, l3_offset, skb->protocol, true);
 	record = mace_record_of(packet, skb);
-	record->l3_len = max_t(int, (int)skb->len - l3_offset, 0);
-	record->vlan = tci < 0 ? 0 : tci;
-	if (tci >= 0)
-		record->flags |= MACE_FLAG_VLAN;
+	record->l3_len = skb->len - l3_offset;
 	return record;
 }
 
@@ -780,14 +1008,14 @@ struct mace_record *mace_packet_read_other(const struct sk_buff *skb, int l3_off
  */
 struct mace_record *mace_packet_read_buffer(const struct sk_buff *skb)
 {
-	struct mace_data *data = mace_data_of(skb);
+	struct mace_data *data = mace_data_of(mace_head_hash(skb));
 	struct mace_packet *packet = data->latest;
 	u16 cpu = packet->record.cpu;
 
 	if (skb->head && skb->network_header && skb_network_offset(skb) <= (int)skb_headlen(skb) &&
 	    (skb->protocol == htons(ETH_P_IP) || skb->protocol == htons(ETH_P_IPV6)))
-		packet = mace_read(data, skb, skb_network_offset(skb), skb->protocol,
-				   packet->record.ip_version);
+		packet = mace_read_seldom(data, skb, skb_network_offset(skb), skb->protocol,
+					  packet->record.ip_version);
 	else
 		packet->record.ip_version = 0;
 	if (!packet->record.ip_version) {
@@ -797,7 +1025,6 @@ struct mace_record *mace_packet_read_buffer(const struct sk_buff *skb)
 		packet->skb = NULL;
 	}
 	packet->record.l3_len = 0;
-	packet->record.vlan = 0;
 	return mace_record_of(packet, skb);
 }
 

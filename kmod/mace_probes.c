@@ -142,8 +142,9 @@ static __always_inline u64 mace_context_check(const struct sk_buff *skb, u64 pac
 					      u64 place, u64 names)
 {
 	/* 2^64 divided by the golden ratio: a change of one word changes the whole. */
-	const u64 factor = 0x9e3779b97f4a7c15ULL;
-	u64 check = READ_ONCE(mace_context_epoch) ^ (unsigned long)skb;
+	const u64 factor = GOLDEN_RATIO_64;
+	/* The product is that of hash_ptr() in mace_context_of(). */
+	u64 check = (unsigned long)skb * factor ^ READ_ONCE(mace_context_epoch);
 
 	check = check * factor ^ (unsigned long)skb->head;
 	check = check * factor ^ packet_key;
@@ -209,10 +210,10 @@ static noinline u32 mace_upper_index(const struct sk_buff *skb, const struct net
 
 static __always_inline void mace_context_set(const struct sk_buff *skb, enum mace_hook hook,
 					     const struct net_device *dev, u64 packet_key,
-					     const struct mace_where *where)
+					     struct mace_where where)
 {
 	struct mace_context *context = mace_context_of(skb);
-	u64 place = (u64)where->at.serial << 32 | where->at.ifindex;
+	u64 place = (u64)where.at.serial << 32 | where.at.ifindex;
 	u32 via = (unsigned long)dev;
 	u64 buffer;
 
@@ -221,11 +222,10 @@ static __always_inline void mace_context_set(const struct sk_buff *skb, enum mac
 		place |= MACE_CONTEXT_RECEIVED;
 	}
 	buffer = (u64)via << 32 | (u32)(unsigned long)skb;
-	WRITE_ONCE(context->check,
-		   mace_context_check(skb, packet_key, buffer, place, where->names));
+	WRITE_ONCE(context->check, mace_context_check(skb, packet_key, buffer, place, where.names));
 	WRITE_ONCE(context->buffer, buffer);
 	WRITE_ONCE(context->place, place);
-	WRITE_ONCE(context->names, where->names);
+	WRITE_ONCE(context->names, where.names);
 }
 
 static __always_inline void mace_context_forget(const struct sk_buff *skb)
@@ -249,7 +249,8 @@ static bool mace_is_routed_elsewhere(const struct sk_buff *skb, u32 serial)
  * Where the buffer was at the last device hook, for the record to say; @where->at.serial is 0 if it
  * is not certain that it is still there. Returns whether there is an entry.
  */
-static bool mace_context_get(const struct sk_buff *skb, u64 packet_key, struct mace_where *where)
+static __always_inline bool mace_context_get(const struct sk_buff *skb, u64 packet_key,
+					     struct mace_where *where)
 {
 	const struct mace_context *context = mace_context_of(skb);
 	u64 check = READ_ONCE(context->check), buffer = READ_ONCE(context->buffer),
@@ -282,24 +283,20 @@ static bool mace_context_get(const struct sk_buff *skb, u64 packet_key, struct m
  */
 static DEFINE_PER_CPU(u64, mace_received[1 << MACE_RECEIVED_BITS]);
 
-static __always_inline u64 mace_received_word(const struct sk_buff *skb,
-					      const struct net_device *dev)
+static __always_inline void mace_received_set(u64 head_hash, const struct net_device *dev)
 {
-	return (u64)(unsigned long)skb->head * GOLDEN_RATIO_64 ^ (unsigned long)dev;
+	this_cpu_write(mace_received[head_hash >> (64 - MACE_RECEIVED_BITS)],
+		       head_hash ^ (unsigned long)dev);
 }
 
-static __always_inline void mace_received_set(const struct sk_buff *skb,
-					      const struct net_device *dev)
-{
-	this_cpu_write(mace_received[hash_ptr(skb->head, MACE_RECEIVED_BITS)],
-		       mace_received_word(skb, dev));
-}
-
+/* Also with interrupts on: it is one word that is read. */
 static __always_inline bool mace_was_received(const struct sk_buff *skb,
 					      const struct net_device *dev)
 {
-	return this_cpu_read(mace_received[hash_ptr(skb->head, MACE_RECEIVED_BITS)]) ==
-	       mace_received_word(skb, dev);
+	u64 head_hash = mace_head_hash(skb);
+
+	return this_cpu_read(mace_received[head_hash >> (64 - MACE_RECEIVED_BITS)]) ==
+	       (head_hash ^ (unsigned long)dev);
 }
 
 /* --- the work of a probe ---------------------------------------------------------- */
@@ -314,31 +311,42 @@ static DEFINE_PER_CPU(struct mace_cost_cpu, mace_costs);
 unsigned int mace_cost_every = 64;
 static u64 mace_cost_mask __read_mostly;
 
+/* Count a call of a hook's probe. Return: whether it is one of those whose time is added up. */
+static __always_inline bool mace_is_timed(enum mace_hook hook)
+{
+	return !(this_cpu_inc_return(mace_costs.calls[hook]) & mace_cost_mask);
+}
+
+static noinline void mace_add_time(enum mace_hook hook, u64 begin_ns)
+{
+	this_cpu_inc(mace_costs.timed[hook]);
+	this_cpu_add(mace_costs.timed_ns[hook], ktime_get_mono_fast_ns() - begin_ns);
+}
+
 /* Whether the place is one of those that MACE_IOC_PLACES has listed. */
-static bool mace_is_listed(const struct mace_session *session, const struct mace_where *where)
+static bool mace_is_listed(const struct mace_session *session, struct mace_where where)
 {
 	const struct mace_listed *listed = rcu_dereference_raw(session->listed);
-	u32 netns = where->names >> session->name_shift;
+	u32 netns = where.names >> session->name_shift;
 	u32 i;
 
 	if (!listed)
 		return true;
-	if (!where->at.serial)
+	if (!where.at.serial)
 		return false;
 	for (i = 0; i < listed->places.netns_count; i++)
 		if (listed->places.netns[i] == netns)
 			return true;
 	for (i = 0; i < listed->places.device_count; i++)
 		if (listed->places.device[i].netns == netns &&
-		    listed->places.device[i].ifindex == where->at.ifindex)
+		    listed->places.device[i].ifindex == where.at.ifindex)
 			return true;
 	return false;
 }
 
-static noinline bool mace_is_among(const struct mace_session *session,
-				   const struct mace_where *where)
+static noinline bool mace_is_among(const struct mace_session *session, struct mace_where where)
 {
-	struct mace_place at = where->at;
+	struct mace_place at = where.at;
 	u32 i;
 
 	if (session->serial_count) {
@@ -359,112 +367,136 @@ static noinline bool mace_is_among(const struct mace_session *session,
 	return mace_is_listed(session, where);
 }
 
-static __always_inline bool mace_is_at(const struct mace_session *session,
-				       const struct mace_where *where)
+/* By value, as everything of a record that is not in memory yet: registers hold it. */
+static __always_inline bool mace_is_at(const struct mace_session *session, struct mace_where where)
 {
-	return !(READ_ONCE(session->filters) & MACE_FILTER_PLACE) || mace_is_among(session, where);
+	return likely(!(READ_ONCE(session->filters) & MACE_FILTER_PLACE)) ||
+	       mace_is_among(session, where);
 }
 
 static noinline bool mace_is_content_wanted(const struct mace_session *session,
-					    const struct mace_record *record)
+					    const struct mace_record *read)
 {
 	if (session->l4_filtered &&
-	    !(session->l4_protos[record->l4_proto / 64] & 1ULL << record->l4_proto % 64))
+	    !(session->l4_protos[read->l4_proto / 64] & 1ULL << read->l4_proto % 64))
 		return false;
 	/* What has no key belongs to no sample. */
 	return !session->sample_mask ||
-	       (record->packet_key && !(record->packet_key & session->sample_mask));
+	       (read->packet_key && !(read->packet_key & session->sample_mask));
 }
 
 static __always_inline bool mace_is_wanted(const struct mace_session *session,
-					   const struct mace_record *record)
+					   const struct mace_record *read)
 {
-	return !(session->filters & MACE_FILTER_CONTENT) || mace_is_content_wanted(session, record);
+	return likely(!(session->filters & MACE_FILTER_CONTENT)) ||
+	       mace_is_content_wanted(session, read);
 }
 
-static __always_inline void mace_record_to(struct mace_session *session, enum mace_hook hook,
-					   const struct mace_record *record)
-{
-	struct mace_ring *ring = session->rings[record->cpu];
+/**
+ * struct mace_here - what a record says of this hook, and not of the packet
+ *
+ * @ts_ns: as in the record
+ * @ifindex: likewise
+ * @drop_reason: likewise
+ * @gso_segs: likewise
+ */
+struct mace_here {
+	u64 ts_ns;
+	u32 ifindex;
+	u32 drop_reason;
+	u16 gso_segs;
+};
 
-	if (unlikely(!ring))
+/* Into the ring at once: what was read, and what is here. */
+static __always_inline void mace_record_to(struct mace_session *session, enum mace_hook hook,
+					   const struct mace_record *read, struct mace_here here,
+					   u32 netns)
+{
+	struct mace_ring *ring = session->rings[read->cpu];
+	const u64 *from = (const u64 *)read;
+	struct mace_record *slot;
+	u64 *to;
+
+	if (unlikely(!ring)) {
 		atomic64_inc(&session->lost[hook]);
-	else if (unlikely(mace_ring_write(ring, hook, record)) &&
-		 mace_ring_close_subbuf(ring) >= session->watermark)
+		return;
+	}
+	slot = mace_ring_next(ring, hook, here.ts_ns);
+	if (unlikely(!slot))
+		return;
+	to = (u64 *)slot;
+	to[1] = from[1]; /* skb_id */
+	to[2] = from[2]; /* packet_key */
+	slot->netns = netns;
+	slot->ifindex = here.ifindex;
+	to[4] = from[4]; /* l3_len, l4_src, l4_dst */
+	slot->l4_seq = read->l4_seq;
+	slot->drop_reason = here.drop_reason;
+	to[6] = from[6]; /* gso_segs to vlan */
+	to[7] = from[7]; /* hook to pad */
+	slot->gso_segs = here.gso_segs;
+	slot->hook = hook;
+	if (unlikely(mace_ring_written(ring, hook, slot, here.ts_ns)) &&
+	    mace_ring_close_subbuf(ring) >= session->watermark)
 		irq_work_queue(&session->wake);
 }
 
 /* All that is the same at every hook. */
-static __always_inline void mace_describe(struct mace_record *record, enum mace_hook hook,
-					  const struct sk_buff *skb, u64 now_ns)
+static __always_inline struct mace_here mace_describe(struct mace_record *read, enum mace_hook hook,
+						      const struct sk_buff *skb, u64 now_ns)
 {
-	record->ts_ns = now_ns;
+	struct mace_here here = { .ts_ns = now_ns };
+	const struct skb_shared_info *shared;
+
 	/* A buffer that is freed may have no data any more. */
-	if (BIT(hook) & mace_device_hooks || skb->head)
-		record->gso_segs = skb_is_gso(skb) ? skb_shinfo(skb)->gso_segs : 0;
-	else
-		record->gso_segs = 0;
-	record->hook = hook;
-	if (skb_cloned(skb))
-		record->flags |= MACE_FLAG_CLONED;
+	if (BIT(hook) & mace_device_hooks || skb->head) {
+		shared = skb_shinfo(skb);
+		here.gso_segs = shared->gso_size ? shared->gso_segs : 0;
+		/* As skb_cloned(). */
+		if (skb->cloned && (atomic_read(&shared->dataref) & SKB_DATAREF_MASK) != 1)
+			read->flags |= MACE_FLAG_CLONED;
+	}
+	return here;
 }
 
-static __always_inline struct mace_record *mace_describe_at_device(enum mace_hook hook,
-								   const struct sk_buff *skb,
-								   u32 ifindex, int l3_offset,
-								   u64 now_ns)
-{
-	struct mace_record *record = mace_packet_read_device(skb, l3_offset);
-
-	mace_describe(record, hook, skb, now_ns);
-	record->ifindex = ifindex;
-	record->drop_reason = 0;
-	return record;
-}
-
-static __always_inline void mace_where_is(const struct net *net, u32 ifindex,
-					  struct mace_where *where)
+static __always_inline struct mace_where mace_where_is(const struct net *net, u32 ifindex)
 {
 	const struct mace_netns *netns = mace_netns_of(net);
 
-	where->at.serial = netns->serial;
-	where->at.ifindex = ifindex;
-	where->names = netns->names;
+	return (struct mace_where){
+		.at = { .serial = netns->serial, .ifindex = ifindex },
+		.names = netns->names,
+	};
 }
 
-static __always_inline struct mace_record *mace_describe_elsewhere(enum mace_hook hook,
-								   const struct sk_buff *skb,
-								   u32 detail, u64 now_ns,
-								   struct mace_where *where)
+/* A packet at no device: where it was, and what is known of it here; @read is of its bytes. */
+static __always_inline struct mace_where mace_where_was(const struct sk_buff *skb,
+							struct mace_record *read)
 {
-	struct mace_record *record = mace_packet_read_any(skb);
-	bool dropped = hook == MACE_HOOK_KFREE_SKB;
+	struct mace_where where = {};
 
-	mace_describe(record, hook, skb, now_ns);
-	record->drop_reason = dropped ? detail : 0;
-	record->l3_len = dropped ? 0 : detail;
 	/* Only what is read again is compared: what is not IP has no context. */
-	if (record->ip_version && mace_context_get(skb, record->packet_key, where))
-		record->flags |= MACE_FLAG_RECALLED;
+	if (read->ip_version && mace_context_get(skb, read->packet_key, &where))
+		read->flags |= MACE_FLAG_RECALLED;
 	/* Queued at a socket, charged to it: it lives, where its reader does. */
 	if (skb->sk && skb->destructor == sock_rfree &&
-	    mace_netns_serial(sock_net(skb->sk)) != where->at.serial) {
-		mace_where_is(sock_net(skb->sk), 0, where);
-		record->flags &= ~MACE_FLAG_RECALLED;
+	    mace_netns_serial(sock_net(skb->sk)) != where.at.serial) {
+		where = mace_where_is(sock_net(skb->sk), 0);
+		read->flags &= ~MACE_FLAG_RECALLED;
 	}
-	record->ifindex = where->at.ifindex;
-	return record;
+	return where;
 }
 
 /* The first session from @node on that watches this hook, and this place if that is known. */
 static __always_inline struct mace_session *
-mace_next_session(struct hlist_node *node, enum mace_hook hook, const struct mace_where *where)
+mace_next_session(struct hlist_node *node, enum mace_hook hook, bool known, struct mace_where where)
 {
 	struct mace_session *session;
 
 	for (; node; node = rcu_dereference_raw(hlist_next_rcu(node))) {
 		session = hlist_entry(node, struct mace_session, node);
-		if ((session->watched & BIT(hook)) && (!where || mace_is_at(session, where)))
+		if (likely(READ_ONCE(session->unfiltered) & BIT(hook)) ||
+		    ((session->watched & BIT(hook)) && (!known || mace_is_at(session, where))))
 			return session;
 	}
 	return NULL;
@@ -481,55 +513,61 @@ mace_next_session(struct hlist_node *node, enum mace_hook hook, const struct mac
 static __always_inline void mace_observe(enum mace_hook hook, const struct sk_buff *skb,
 					 const struct net_device *dev, int l3_offset, u32 detail)
 {
+	bool dropped = hook == MACE_HOOK_KFREE_SKB, followed = false;
 	struct mace_where where = {};
-	const struct mace_where *place = dev ? &where : NULL;
-	struct mace_record *record = NULL;
+	struct mace_record *read = NULL;
 	struct mace_session *session;
 	struct hlist_node *node;
-	bool followed = false;
+	struct mace_here here;
 	unsigned long irq;
-	u64 now_ns;
+	u64 now_ns, head_hash = 0;
 
 	/* With interrupts off we are a reader of RCU's as well (since v5.0, whatisRCU.rst). */
 	local_irq_save(irq);
 	now_ns = ktime_get_mono_fast_ns();
-	if (hook == MACE_HOOK_NETIF_RECEIVE_SKB && dev)
-		mace_received_set(skb, dev);
-	else if (hook == MACE_HOOK_IP_RCV && likely(mace_was_received(skb, dev)))
-		goto counted;
-	if (dev)
-		mace_where_is(dev_net(dev), dev->ifindex, &where);
+	if (dev) {
+		head_hash = mace_head_hash(skb);
+		if (hook == MACE_HOOK_NETIF_RECEIVE_SKB)
+			mace_received_set(head_hash, dev);
+		where = mace_where_is(dev_net(dev), dev->ifindex);
+	}
 	node = rcu_dereference_raw(hlist_first_rcu(&mace_running));
-	session = mace_next_session(node, hook, place);
-	if (session) {
-		record = dev ? mace_describe_at_device(hook, skb, where.at.ifindex, l3_offset,
-						       now_ns) :
-			       mace_describe_elsewhere(hook, skb, detail, now_ns, &where);
+	session = mace_next_session(node, hook, dev, where);
+	if (likely(session)) {
+		if (dev)
+			read = mace_packet_read_device(skb, head_hash, l3_offset);
+		else
+			read = mace_packet_read_any(skb);
+		here = mace_describe(read, hook, skb, now_ns);
+		if (!dev) {
+			where = mace_where_was(skb, read);
+			read->l3_len = dropped ? 0 : detail;
+			here.drop_reason = dropped ? detail : 0;
+		}
+		here.ifindex = where.at.ifindex;
 		do {
-			if ((dev || mace_is_at(session, &where)) &&
-			    mace_is_wanted(session, record)) {
+			if (likely(READ_ONCE(session->unfiltered) & BIT(hook)) ||
+			    ((dev || mace_is_at(session, where)) &&
+			     mace_is_wanted(session, read))) {
 				followed = true;
-				record->netns = where.names >> session->name_shift;
 				if (likely(session->hooks & BIT(hook)))
-					mace_record_to(session, hook, record);
+					mace_record_to(session, hook, read, here,
+						       where.names >> session->name_shift);
 			}
 			node = rcu_dereference_raw(hlist_next_rcu(&session->node));
-			session = mace_next_session(node, hook, place);
-		} while (session);
+			session = mace_next_session(node, hook, dev, where);
+		} while (unlikely(session));
 	}
-	if (dev && READ_ONCE(mace_context_users)) {
-		if (followed && record->ip_version)
-			mace_context_set(skb, hook, dev, record->packet_key, &where);
+	if (dev && likely(READ_ONCE(mace_context_users))) {
+		if (likely(followed && read->ip_version))
+			mace_context_set(skb, hook, dev, read->packet_key, where);
 		else
 			mace_context_forget(skb);
 	} else if (BIT(hook) & mace_end_hooks) {
 		mace_context_forget(skb);
 	}
-counted:
-	if (unlikely(!(__this_cpu_inc_return(mace_costs.calls[hook]) & mace_cost_mask))) {
-		__this_cpu_inc(mace_costs.timed[hook]);
-		__this_cpu_add(mace_costs.timed_ns[hook], ktime_get_mono_fast_ns() - now_ns);
-	}
+	if (unlikely(mace_is_timed(hook)))
+		mace_add_time(hook, now_ns);
 	local_irq_restore(irq);
 }
 
@@ -592,7 +630,16 @@ MACE_DEFINE_KFREE_SKB(mace_probe_kfree_skb, skb)
 	mace_observe(MACE_HOOK_KFREE_SKB, skb, NULL, 0, MACE_DROP_REASON());
 }
 
-static void mace_probe_ip_rcv(struct sk_buff *skb)
+/* A call that has nothing to do, as long as it takes. */
+static noinline void mace_time_received(const struct sk_buff *skb)
+{
+	u64 begin_ns = ktime_get_mono_fast_ns();
+
+	if (mace_was_received(skb, skb->dev))
+		mace_add_time(MACE_HOOK_IP_RCV, begin_ns);
+}
+
+static noinline void mace_observe_ip_rcv(const struct sk_buff *skb)
 {
 	/*
 	 * A bridge calls with its ports' packets, before it receives them itself, and a VRF with
@@ -600,6 +647,15 @@ static void mace_probe_ip_rcv(struct sk_buff *skb)
 	 */
 	if (!nf_bridge_in_prerouting(skb) && !netif_is_l3_master(skb->dev))
 		mace_observe(MACE_HOOK_IP_RCV, skb, skb->dev, 0, 0);
+}
+
+/* Nearly always the packet was received where it is: neither the clock nor interrupts matter. */
+static void mace_probe_ip_rcv(const struct sk_buff *skb)
+{
+	if (unlikely(!mace_was_received(skb, skb->dev)))
+		mace_observe_ip_rcv(skb);
+	else if (unlikely(mace_is_timed(MACE_HOOK_IP_RCV)))
+		mace_time_received(skb);
 }
 
 /* --- ip_rcv(), by netfilter --------------------------------------------------------- */

@@ -102,19 +102,20 @@ void mace_ring_free(struct mace_ring *ring)
 /**
  * mace_ring_open_subbuf() - begin the next filling, or lose a record
  * @ring: of this CPU, not filling
- * @record: the one that is to be written
+ * @hook: of the record that is to be written
+ * @ts_ns: its time
  *
  * Context: interrupts off. Return: whether there is room; if not, the record is counted as lost.
  */
-bool mace_ring_open_subbuf(struct mace_ring *ring, const struct mace_record *record)
+bool mace_ring_open_subbuf(struct mace_ring *ring, enum mace_hook hook, u64 ts_ns)
 {
 	struct mace_subbuf *subbuf = mace_ring_subbuf(ring, ring->at);
 
 	/* Pairs with mace_ring_commit(): the reader is done with what it has released. */
 	if (ring->head - smp_load_acquire(&ring->tail) == ring->subbufs) {
-		ring->lost[record->hook]++;
+		ring->lost[hook]++;
 		if (!ring->lost_pending++)
-			ring->lost_from_ns = record->ts_ns;
+			ring->lost_from_ns = ts_ns;
 		return false;
 	}
 	memset(subbuf, 0, sizeof(*subbuf));

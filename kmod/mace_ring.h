@@ -77,34 +77,47 @@ void mace_ring_stats(const struct mace_ring *ring, struct mace_stats *stats);
 u32 mace_ring_full(const struct mace_ring *ring);
 bool mace_ring_has_records(const struct mace_ring *ring);
 
-/* What mace_ring_write() does only now and then. */
-bool mace_ring_open_subbuf(struct mace_ring *ring, const struct mace_record *record);
+/* What writing does only now and then. */
+bool mace_ring_open_subbuf(struct mace_ring *ring, enum mace_hook hook, u64 ts_ns);
 u32 mace_ring_close_subbuf(struct mace_ring *ring);
 
 /**
- * mace_ring_write() - a record into the ring, or into the count of those lost
+ * mace_ring_next() - room for a record, or one more in the count of those lost
  * @ring: of this CPU
  * @hook: the record's, where the compiler may know it
- * @record: with all but its time in order: a clock that went back a little is held
+ * @ts_ns: its time
+ *
+ * Context: interrupts off. Return: where the record is to be written, all but its ts_ns; then
+ * mace_ring_written(). NULL if the ring is full.
+ */
+static __always_inline struct mace_record *mace_ring_next(struct mace_ring *ring,
+							  enum mace_hook hook, u64 ts_ns)
+{
+	if (unlikely(ring->next == ring->end) && !mace_ring_open_subbuf(ring, hook, ts_ns))
+		return NULL;
+	return ring->next;
+}
+
+/**
+ * mace_ring_written() - a record is in its place
+ * @ring: of this CPU
+ * @hook: the record's
+ * @slot: what mace_ring_next() returned
+ * @ts_ns: its time: a clock that went back a little is held
  *
  * Context: interrupts off. Return: whether the sub-buffer is full now: mace_ring_close_subbuf().
  */
-static __always_inline bool mace_ring_write(struct mace_ring *ring, enum mace_hook hook,
-					    const struct mace_record *record)
+static __always_inline bool mace_ring_written(struct mace_ring *ring, enum mace_hook hook,
+					      struct mace_record *slot, u64 ts_ns)
 {
-	struct mace_record *slot;
-
-	if (unlikely(ring->next == ring->end) && !mace_ring_open_subbuf(ring, record))
-		return false;
-	slot = ring->next;
-	*slot = *record;
 	/* The clock's fast accessor may step back a little when it is adjusted (timekeeping.c). */
-	if (unlikely(slot->ts_ns < ring->last_ns))
-		slot->ts_ns = ring->last_ns;
-	ring->last_ns = slot->ts_ns;
+	if (unlikely(ts_ns < ring->last_ns))
+		ts_ns = ring->last_ns;
+	slot->ts_ns = ts_ns;
+	ring->last_ns = ts_ns;
 	ring->written[hook]++;
 	ring->next = slot + 1;
-	return ring->next == ring->end;
+	return slot + 1 == ring->end;
 }
 
 #endif

@@ -429,6 +429,7 @@ static int mace_session_filter(struct mace_session *session, const struct mace_f
 	session->place_count = filter->device_count;
 	session->filters = (session->serial_count || session->place_count ? MACE_FILTER_PLACE : 0) |
 			   (session->l4_filtered || session->sample_mask ? MACE_FILTER_CONTENT : 0);
+	session->unfiltered = session->filters ? 0 : session->hooks;
 	return 0;
 }
 
@@ -548,6 +549,7 @@ int mace_session_list(struct mace_session *session, const struct mace_places *pl
 	before = rcu_dereference_protected(session->listed, lockdep_is_held(&session->lock));
 	rcu_assign_pointer(session->listed, listed);
 	WRITE_ONCE(session->filters, session->filters | MACE_FILTER_PLACE);
+	WRITE_ONCE(session->unfiltered, 0);
 	if (before)
 		kfree_rcu(before, rcu);
 	return 0;

@@ -60,7 +60,7 @@ struct mace_listed {
  * struct mace_session - one reader
  *
  * What probes read (@hooks to @rings) does not change while the session is in the list of running
- * ones, but for @listed and the bit of @filters that it sets.
+ * ones, but for @listed and what it changes in @filters and @unfiltered.
  *
  * @node: in the list of running sessions; RCU
  * @link: in the list of open sessions
@@ -73,6 +73,7 @@ struct mace_listed {
  * @own_inode: its inode
  * @hooks: bit n: hook n
  * @watched: bit n: hook n; those, and the ones that say where a buffer is
+ * @unfiltered: bit n: hook n; those of @hooks of which it gets every packet
  * @name_shift: records name namespaces by this half of mace_netns.names: 0 the inode, 32 the cookie
  * @filters: MACE_FILTER_*: what of the filters below there is
  * @sample_mask: the bits of packet_key that must be 0
@@ -110,6 +111,7 @@ struct mace_session {
 	u32 own_inode;
 	u32 hooks;
 	u32 watched;
+	u32 unfiltered;
 	u32 name_shift;
 	u32 filters;
 	u64 sample_mask;

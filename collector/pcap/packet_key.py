@@ -27,8 +27,8 @@ GENEVE_PORTS: Final = (6081,)
 ROOM: Final = 64
 """Bytes that the buffer must have behind the last packet, because reads may extend over the packet's end."""
 
-_KEY: Final = (0x4D41434520706B74, 0x6B65792076312E30)
-"""`mace_content_key`."""
+_SEED: Final = 0x4D41434520706B74
+"""MACE_KEY_SEED of kmod/uapi/mace_key.h."""
 _PAYLOAD: Final = 16
 _EXTENSIONS: Final = 6
 """MACE_EXTENSION_HEADERS_MAX."""
@@ -333,7 +333,7 @@ class CapturedPackets:
             for word in range(3):
                 words[word + 1][there] = self._views.le64(self.start[there] + 8 * word)
             self.known[np.setdiff1d(other, there)] = False
-        key = siphash(*words)
+        key = murmurhash(*words)
         # Key 0 means "unknown".
         key[key == 0] = 1
         key[~self.known] = 0
@@ -393,56 +393,27 @@ _FIRST_BYTES: Final = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
 """Masks of the first n bytes of a little-endian word."""
 
 _BLOCK: Final = 1 << 13
-"""Number of packets hashed at once: their four words of state fit the processor's second-level cache."""
+"""Number of packets hashed at once: the hash and a word of each fit the processor's second-level cache."""
+_FACTOR: Final = np.uint64(0xC6A4A7935BD1E995)
+_SHIFT: Final = np.uint64(47)
 
 
-def siphash(*words: U64) -> U64:
-    """Return SipHash-2-4 (uint64) of n messages, each of `len(words)` 64-bit words, with the key that all of MACE uses.
+def murmurhash(*words: U64) -> U64:
+    """Return MurmurHash64A (uint64) of n messages, each of `len(words)` 64-bit words, with MACE's seed.
 
-    Aumasson and Bernstein, "SipHash: a fast short-input PRF" (2012), section 2.
+    Appleby, MurmurHash2.cpp of SMHasher (2008); `kmod/uapi/mace_key.h`.
     """
-    out = np.empty(len(words[0]), np.uint64)
+    begin = _SEED ^ 8 * len(words) * int(_FACTOR) & 0xFFFFFFFFFFFFFFFF
+    out = np.full(len(words[0]), begin, np.uint64)
     for at in range(0, len(out), _BLOCK):
-        out[at : at + _BLOCK] = _siphash([word[at : at + _BLOCK] for word in words])
+        hashed = out[at : at + _BLOCK]
+        for each in words:
+            word = each[at : at + _BLOCK] * _FACTOR
+            word ^= word >> _SHIFT
+            word *= _FACTOR
+            hashed ^= word
+            hashed *= _FACTOR
+        hashed ^= hashed >> _SHIFT
+        hashed *= _FACTOR
+        hashed ^= hashed >> _SHIFT
     return out
-
-
-def _siphash(words: list[U64]) -> U64:
-    constants = (0x736F6D6570736575, 0x646F72616E646F6D, 0x6C7967656E657261, 0x7465646279746573)
-    n = len(words[0])
-    v = [np.full(n, key ^ constant, np.uint64) for key, constant in zip(_KEY * 2, constants, strict=True)]
-    spare = np.empty(n, np.uint64)
-
-    def rotate(one: U64, bits: int) -> None:
-        np.right_shift(one, np.uint64(64 - bits), out=spare)
-        np.left_shift(one, np.uint64(bits), out=one)
-        np.bitwise_or(one, spare, out=one)
-
-    def rounds(count: int) -> None:
-        for _ in range(count):
-            v[0] += v[1]
-            v[2] += v[3]
-            rotate(v[1], 13)
-            rotate(v[3], 16)
-            v[1] ^= v[0]
-            v[3] ^= v[2]
-            rotate(v[0], 32)
-            v[2] += v[1]
-            v[0] += v[3]
-            rotate(v[1], 17)
-            rotate(v[3], 21)
-            v[1] ^= v[2]
-            v[3] ^= v[0]
-            rotate(v[2], 32)
-
-    for word in words:
-        v[3] ^= word
-        rounds(2)
-        v[0] ^= word
-    last = np.uint64(8 * len(words) << 56)
-    v[3] ^= last
-    rounds(2)
-    v[0] ^= last
-    v[2] ^= np.uint64(0xFF)
-    rounds(4)
-    return v[0] ^ v[1] ^ v[2] ^ v[3]

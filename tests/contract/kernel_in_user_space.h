@@ -32,6 +32,8 @@ typedef uint64_t u64;
 /* Of mace_compat.h: what else it has for kernels without is not used here. */
 #define MACE_HAVE_VM_FLAGS_MOD
 #define BIT_ULL(n) (1ULL << (n))
+#define PAGE_SIZE 4096ULL
+#define offset_in_page(address) ((uintptr_t)(address) & (PAGE_SIZE - 1))
 #define min(a, b) ((a) < (b) ? (a) : (b))
 #define max(a, b) ((a) > (b) ? (a) : (b))
 #define min_t(type, a, b) min((type)(a), (type)(b))
@@ -64,9 +66,11 @@ typedef uint64_t u64;
 #define kvfree free
 #define get_random_bytes(buffer, bytes) memset(buffer, 7, bytes)
 
+#define GOLDEN_RATIO_64 0x61c8864680b583ebULL
+
 static inline u32 hash_ptr(const void *pointer, unsigned int bits)
 {
-	return (u64)pointer * 0x61c8864680b583ebULL >> (64 - bits);
+	return (u64)pointer * GOLDEN_RATIO_64 >> (64 - bits);
 }
 
 /* --- SipHash-2-4 (Aumasson and Bernstein, 2012, section 2) ------------------------ */
@@ -114,7 +118,6 @@ static u64 siphash_words(const u64 *words, int count, const siphash_key_t *key)
 	return v[0] ^ v[1] ^ v[2] ^ v[3];
 }
 
-#define siphash_4u64(a, b, c, d, key) siphash_words((const u64[]){ a, b, c, d }, 4, key)
 #define siphash_1u64(a, key) siphash_words((const u64[]){ a }, 1, key)
 
 /* --- a buffer --------------------------------------------------------------------- */
@@ -151,7 +154,7 @@ struct sk_buff {
 #define skb_vlan_tag_present(skb) 0
 #define skb_vlan_tag_get(skb) 0
 #define skb_frag_size(frag) ((unsigned int)(frag)->size)
-#define skb_frag_address_safe(frag) ((frag)->bytes)
+#define skb_frag_address(frag) ((frag)->bytes)
 
 static int skb_copy_bits(const struct sk_buff *skb, int offset, void *to, int len)
 {
@@ -191,7 +194,9 @@ struct vlan_hdr {
 };
 
 struct iphdr {
-	u8 bytes[20];
+	u8 bytes[6];
+	__be16 frag_off;
+	u8 more[12];
 };
 
 struct ipv6hdr {

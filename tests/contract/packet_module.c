@@ -43,7 +43,7 @@ void read_frame(const u8 *frame, int len, int linear, int which, struct mace_rec
 				   { pages[which] + rest - rest / 3, rest / 3 } },
 		},
 	};
-	*record = *mace_packet_read_device(skb, ETH_HLEN);
+	*record = *mace_packet_read_device(skb, mace_head_hash(skb), ETH_HLEN);
 }
 
 /* Nothing was read before, and what is read from now on has no mark. */

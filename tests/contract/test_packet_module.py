@@ -6,6 +6,7 @@ more packets.
 
 import ctypes
 import re
+import struct
 import subprocess
 from pathlib import Path
 
@@ -103,6 +104,34 @@ def test_a_stream_is_recognised_with_a_short_payload_in_pages(module, protocol, 
     ip = {0x0800: ipv4, 0x86DD: ipv6}[protocol]
     frame = ether(protocol, ip(6, tcp(b"abcdefghijklmnopqrst"[:bytes_of_payload])))
     assert is_recognised(module, frame, frame, linear=headers)
+
+
+TUNNELS = {
+    "vxlan": lambda frame: ipv4(17, struct.pack("!4HII", 5000, 4789, 16 + len(frame), 0, 0x08000000, 7 << 8) + frame),
+    "geneve": lambda frame: ipv4(17, struct.pack("!4HII", 5000, 6081, 16 + len(frame), 0, 0x6558, 7 << 8) + frame),
+    "gretap": lambda frame: ipv4(47, struct.pack("!HHI", 0x2000, 0x6558, 7) + frame),
+    "gre": lambda frame: ipv4(47, struct.pack("!H", 0) + frame[12:]),
+    "ipip": lambda frame: ipv4(4, frame[14:]),
+}
+"""Name -> the packet that carries the packet of a frame."""
+INNER = [name for name, case in CASES.items() if name not in CUT_OFF]
+
+
+@pytest.mark.parametrize("kind", TUNNELS)
+def test_a_tunnel_is_read_the_same_after_the_packet_that_went_into_it(module, kind):
+    """Read each case, then its tunnel twice and one that differs, in one buffer or two, with more or less in place."""
+    inners = [CASES[name].frame for name in INNER]
+    tunnels = [ether(0x0800, TUNNELS[kind](frame)) for frame in inners]
+    changed = [frame[:-1] + bytes([frame[-1] ^ 1]) for frame in tunnels]
+    of_tunnels, of_changed = read_of_captures(tunnels), read_of_captures(changed)
+    for at, (inner, tunnel, other) in enumerate(zip(inners, tunnels, changed, strict=True)):
+        for linear in (44, 90, 130, WHOLE):
+            for buffer in (0, 1):
+                module.forget()
+                read(module, inner, max(linear - len(tunnel) + len(inner), 20))
+                for captured, frame in ((of_tunnels, tunnel), (of_tunnels, tunnel), (of_changed, other)):
+                    expected = {field: int(getattr(captured, field)[at]) for field in (*READ, "flags")}
+                    assert told(read(module, frame, linear, buffer)) == expected, (INNER[at], linear, buffer)
 
 
 FORWARDED = {
