@@ -206,7 +206,7 @@ class CpuReport:
     def as_dict(self) -> dict[str, Any]:
         """Return the figures for JSON: lists `stages`, `cpus`, `containers`; times in ns, unknown values null."""
         return {
-            "stages": [_stage_dict(one) for one in self.stages],
+            "stages": [stage_dict(one) for one in self.stages],
             "cpus": [self._cpu_dict(one) for one in self.cpus],
             "containers": [_container_dict(one) for one in self.containers],
         }
@@ -305,7 +305,8 @@ def _softirq_dict(one: SoftirqFigures | None) -> dict[str, Any] | None:
     }
 
 
-def _stage_dict(one: StageFigures) -> dict[str, Any]:
+def stage_dict(one: StageFigures) -> dict[str, Any]:
+    """Return the figures of a stage for JSON: an element of `stages` (`CpuReport.as_dict`)."""
     return {
         "host": one.place.host,
         "owner": one.owner,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import mmap
 import zlib
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
@@ -35,11 +36,15 @@ _FOOTER_MAX: Final = 1 << 24
 class SegmentWriter:
     """Writes one Parquet file with its checksum to `sink` (anything with `write`), which the caller closes.
 
-    It is a context manager. `options` are those of `pyarrow.parquet.ParquetWriter`. OSErrors of the sink pass.
+    It is a context manager. The footer gets the key-value metadata `told`. `options` are those of
+    `pyarrow.parquet.ParquetWriter`. OSErrors of the sink pass.
     """
 
-    def __init__(self, sink: Any, schema: pa.Schema, **options: Any) -> None:
+    def __init__(
+        self, sink: Any, schema: pa.Schema, told: Mapping[bytes, bytes] | None = None, /, **options: Any
+    ) -> None:
         self._sum = SummingSink(sink)
+        self._told = dict(told or {})
         self._writer = pq.ParquetWriter(self._sum, schema, write_page_checksum=True, **options)
 
     def write(self, rows: pa.Table, row_group_size: int) -> None:
@@ -50,7 +55,7 @@ class SegmentWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
-        self._writer.add_key_value_metadata({KEY: NO_SUM})
+        self._writer.add_key_value_metadata(self._told | {KEY: NO_SUM})
         self._sum.hold()
         self._writer.close()
         if kind is None:

@@ -39,8 +39,9 @@ from contracts.results import Results, Totals
 from contracts.schema import SCHEMA_VERSION, Delays, RoundTrips
 from contracts.topology import Device, newest_names
 from contracts.windowtable import WindowTable
-from storage import segments, tables
+from storage import segments, tables, wide
 from storage.checksum import has_sum, mapped, mismatch_of
+from storage.folding import fold_windows
 from storage.joining import Joiner, NotAlike
 from storage.ownership import NO_LINK, open_new, refuse_foreign
 from storage.sealing.places import has_seal
@@ -63,6 +64,9 @@ CPUS_INTERVAL_S: Final = 10.0
 """Interval at which the CPUs' counters are stored: 1,000 rows a CPU in three hours."""
 
 
+FOLDING_S: Final = 0.5
+"""Time after which making wide windows goes on in the next round of maintenance: an older store has months of them to
+make, which must not take a core from the measurement."""
 ABOUT: Final = json.dumps({"format": "mace-store", "schema": SCHEMA_VERSION}).encode()
 """Content of `store.json`."""
 
@@ -230,6 +234,9 @@ class EmbeddedStore:
         self._put_in: deque[tuple[str, int]] = deque()
         self._unmerged = {table: {NO_HOUR} for table in segments.TABLES}
         self._settled = sys.maxsize
+        # Days whose windows are to be folded, and the newest hour of windows when they were last examined.
+        self._unfolded: set[int] | None = None
+        self._folded_hour = NO_HOUR
         self.rows_stored = 0
         """Number of rows of `delays` that are in segments."""
         self.rows_not_stored = 0
@@ -535,6 +542,8 @@ class EmbeddedStore:
         while self._put_in:
             table, hour = self._put_in.popleft()
             self._unmerged[table].add(hour)
+            if table == "windows" and self._unfolded is not None:
+                self._unfolded.add(hour // segments.DAY_HOURS * segments.DAY_HOURS)
         for table, hours in self._unmerged.items():
             if not hours:
                 continue
@@ -544,7 +553,15 @@ class EmbeddedStore:
             hours.clear()
             hours.update(each.hour for each in settled[-1:])
             hours.update(each.hour for each in found if each.last > upto)
-            for group in segments.mergeable(settled, self._damaged):
+            ends: list[int] = []
+            if table == "windows" and settled:
+                day_ns = wide.day_of(settled[0]) * HOUR_NS
+                ends = [
+                    n
+                    for each in segments.listing(self.path, wide.STANDING, day_ns)
+                    for n in (each.first - 1, each.last)
+                ]
+            for group in segments.mergeable(settled, self._damaged, ends):
                 if self._closing.is_set():
                     return gone
                 try:
@@ -560,7 +577,32 @@ class EmbeddedStore:
                     pa.default_memory_pool().release_unused()
                 gone += len(group) - 1
         self.merged += gone
+        self._fold(upto)
         return gone
+
+    def _fold(self, upto: int) -> None:
+        """Make wide windows of the hours that have ended, up to the flush `upto`. Never raises: no row depends on them.
+
+        It begins with all days, then examines only those with new windows, once an hour has ended.
+        """
+        newest = max((hour for hour in self._unmerged["windows"]), default=NO_HOUR)
+        if self._unfolded is not None and newest <= self._folded_hour:
+            return
+        days, end_s, early = self._unfolded, time.monotonic() + FOLDING_S, False
+
+        def stopped() -> bool:
+            nonlocal early
+            early = self._closing.is_set() or time.monotonic() > end_s
+            return early
+
+        fold_windows(self.path, days, upto, seal=self._seal, damaged=self._damaged, stopped=stopped, fsync=self._fsync)
+        if early:
+            return
+        self._unfolded, self._folded_hour = set(), newest
+        # The newest day grows on, and is joined when it has ended.
+        self._unfolded |= {day for day in (days or ()) if day + segments.DAY_HOURS > newest}
+        if newest != NO_HOUR:
+            self._unfolded.add(newest // segments.DAY_HOURS * segments.DAY_HOURS)
 
     def _merge(self, group: list[SegmentFile]) -> None:
         first, last = group[0], group[-1]

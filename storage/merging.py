@@ -7,9 +7,10 @@ each grouping anew; arrays add the counts up by bin, for all groupings of a batc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import compute
 
@@ -23,12 +24,26 @@ _UNMERGED: Final = 1 << 22
 """Cells that may wait to be merged: 64 MiB."""
 
 
+Cells: TypeAlias = tuple[Ints, Ints, npt.NDArray[np.float64]]
+"""How many bins each window has, and the bins and counts of all windows, end to end."""
+
+
+def cells_of(batch: pa.RecordBatch) -> Cells:
+    """Return the histograms of windows. Counts are doubles, which hold every integer below 2**53."""
+    sizes = compute.list_value_length(batch["bins"]).to_numpy(zero_copy_only=False)
+    bins, counts = (compute.list_flatten(batch[name]).to_numpy(zero_copy_only=False) for name in ("bins", "counts"))
+    return sizes, bins.astype(np.int64), counts.astype(np.float64)
+
+
 class Histograms:
     """Distributions by group, of batches of windows."""
 
     def __init__(self, by: tuple[str, ...], coarse_bits: int = 0) -> None:
         """`by` are the columns of a group. 2**`coarse_bits` neighbouring bins count as the one in their middle."""
         self._by, self._coarse_bits = by, coarse_bits
+        self._bins = BINS >> coarse_bits
+        self._table: npt.NDArray[np.float64] | None = np.zeros(0)
+        """Counts of all groups' bins, while they are few enough."""
         self._number: dict[tuple[Any, ...], int] = {}
         self._count, self._sum = np.zeros(0, np.int64), np.zeros(0, np.int64)
         self._low, self._high = np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -36,33 +51,41 @@ class Histograms:
         self._counts: list[Ints] = []
         self._waiting = 0
 
-    def add(self, batch: pa.RecordBatch) -> None:
-        """Add windows with the columns of the groups, count, sum_ns, min_ns, max_ns, bins and counts."""
+    def add(self, batch: pa.RecordBatch, cells: Cells | None = None) -> None:
+        """Add windows with the columns of the groups, count, sum_ns, min_ns, max_ns, bins and counts.
+
+        `cells` are `cells_of` these windows, if they are known.
+        """
         if not len(batch):
             return
+        sizes, bins, counts = cells or cells_of(batch)
         group = self._groups(batch)
         numbers = {name: batch[name].to_numpy(zero_copy_only=False) for name in ("count", "sum_ns", "min_ns", "max_ns")}
         np.add.at(self._count, group, numbers["count"])
         np.add.at(self._sum, group, numbers["sum_ns"])
         np.minimum.at(self._low, group, numbers["min_ns"])
         np.maximum.at(self._high, group, numbers["max_ns"])
-        sizes = compute.list_value_length(batch["bins"]).to_numpy(zero_copy_only=False)
-        bins, counts = (
-            compute.list_flatten(batch[name]).to_numpy(zero_copy_only=False).astype(np.int64)
-            for name in ("bins", "counts")
-        )
-        if coarse := self._coarse_bits:
-            bins = (bins >> coarse << coarse) + (1 << coarse >> 1)
-        self._cells.append(np.repeat(group * BINS, sizes) + bins)
-        self._counts.append(counts)
+        at = np.repeat(group * self._bins, sizes)
+        at += bins >> self._coarse_bits if self._coarse_bits else bins
+        if self._table is not None:
+            if len(self._number) * self._bins <= _DENSE:
+                self._table = _added(self._table, at, counts, len(self._number) * self._bins)
+                return
+            self._cells, self._counts = _filled(self._table)
+            self._table = None
+        self._cells.append(at)
+        self._counts.append(counts.astype(np.int64))
         self._waiting += len(bins)
         if self._waiting > _UNMERGED:
             self._merge()
 
     def distributions(self) -> Iterator[tuple[tuple[Any, ...], Distribution]]:
         """Yield each group, as the values of its columns, with its distribution."""
+        if self._table is not None:
+            self._cells, self._counts = _filled(self._table)
         self._merge()
-        group, bins = np.divmod(self._cells[0], BINS)
+        group, bins = np.divmod(self._cells[0], self._bins)
+        bins = (bins << self._coarse_bits) + (1 << self._coarse_bits >> 1)
         edges = np.searchsorted(group, np.arange(len(self._number) + 1))
         for key, number in self._number.items():
             piece = slice(edges[number], edges[number + 1])
@@ -93,12 +116,7 @@ class Histograms:
         """Merge the waiting cells into ascending distinct ones."""
         cells = np.concatenate([*self._cells, np.zeros(0, np.int64)])
         counts = np.concatenate([*self._counts, np.zeros(0, np.int64)])
-        if len(self._number) * BINS <= _DENSE:
-            # Doubles hold every integer below 2**53: no count gets there.
-            totals = np.bincount(cells, weights=counts)
-            cells = np.flatnonzero(totals)
-            counts = totals[cells].astype(np.int64)
-        elif len(cells):
+        if len(cells):
             order = np.argsort(cells, kind="stable")
             cells, counts = cells[order], counts[order]
             first = np.flatnonzero(np.append(True, cells[1:] != cells[:-1]))
@@ -106,3 +124,18 @@ class Histograms:
         self._cells, self._counts = [cells], [counts]
         # Merged cells do not count as waiting: groups and bins bound their number.
         self._waiting = 0
+
+
+def _added(
+    table: npt.NDArray[np.float64], cells: Ints, counts: npt.NDArray[np.float64], size: int
+) -> npt.NDArray[np.float64]:
+    """Return the table, which may have grown to `size`, with counts added."""
+    found = np.bincount(cells, weights=counts, minlength=size).astype(np.float64, copy=False)
+    found[: len(table)] += table
+    return found
+
+
+def _filled(table: npt.NDArray[np.float64]) -> tuple[list[Ints], list[Ints]]:
+    """Return the cells with delays and their counts."""
+    cells = np.flatnonzero(table)
+    return [cells], [table[cells].astype(np.int64)]

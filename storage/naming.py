@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-TABLES: Final = ("delays", "windows", "stages", "round_trips")
+TABLES: Final = ("delays", "windows", "minutes", "ten_minutes", "hours", "stages", "round_trips")
 """Tables with the names of containers."""
 
 

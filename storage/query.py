@@ -36,17 +36,18 @@ from contracts.ledger import Ledger
 from contracts.schema import Direction, Grades, HookCost, Segment
 from contracts.topology import Sharer, newest_names
 from contracts.windowtable import FIGURES, NUMBERS, WindowTable
-from storage import checksum, segments, tables
+from storage import checksum, segments, tables, wide
 from storage.embedded import check_schema
-from storage.merging import Histograms
+from storage.merging import Histograms, cells_of
 from storage.naming import TABLES, Named, by_newest_name, named, newest_of
 from storage.segments import SegmentFile
+from storage.wide import FROM_S, STANDING, WIDTHS_S, About, Cover, cover, day_of, spans
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _ATTEMPTS: Final = 10
 _SUB: Final = 1 << SUB_BITS
-_WIDTHS_S: Final = (10, 1)
+_WIDTHS_S: Final = (*reversed(WIDTHS_S), 10, 1)
 """Widths of stored windows, the widest first."""
 _S: Final = 1_000_000_000
 _FEW_ROWS: Final = 32
@@ -93,6 +94,8 @@ _SEEN_SQL: Final = """
     """
 """Query of the rows for `_seen_of`."""
 
+_STORED: Final = {"covered_windows": "windows"}
+"""The table of the segments for which a name in `_query` stands, if the name is not the table's."""
 _COUNTED: Final = "NOT coalesce(waited, false)"
 """Condition on rows of `delays` that count in figures; the column is null in files written before it existed."""
 _CLOCK: Final = (
@@ -267,6 +270,22 @@ class _Part:
     """Its time says which segments have the rows."""
     named_in: Filter
     """Its time says which name of a container is the newest."""
+    wide: _Wide | None = None
+    """Which wide windows are among the rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Wide:
+    """Wide windows of a query: `{minutes}`, `{ten_minutes}` and `{hours}` in its SQL.
+
+    `{windows}` then stands for windows without a wide one, and `{covered_windows}` for the others of the hours in which
+    the spans of `FROM_S` are.
+    """
+
+    known: frozenset[Path]
+    """Segments of `STANDING` that may stand for others."""
+    spans: tuple[tuple[int, int, int], ...]
+    """Width in s and UTC, ns, from and to, as `storage.wide.spans`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,12 +314,13 @@ class _Ends:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What a segment of windows says of the whole; a segment never changes, so that it is read for this once."""
+    """What the segments of windows of some time say of the whole."""
 
-    names: list[tuple[str, str, str, int, str]]
-    """Host, container's id, its name, time of the last window under that name, UTC, ns, and the pod's containers."""
-    ends: dict[tuple[str, str, int], int]
-    """By host, run and width in s: end of the newest window, UTC, ns."""
+    found: list[About]
+    whole: bool
+    """Whether all of them could be read."""
+    wide: frozenset[Path]
+    """Segments of wide windows that stood for others then."""
 
 
 From = Literal["auto", "rows", "windows"]
@@ -359,8 +379,8 @@ class StoreReader:
     """Skipped segments, with a description of the damage."""
     _whole: set[tuple[Path, int, int]] = field(default_factory=set, init=False, repr=False)
     """Segments with a verified checksum: path, size and time of modification, ns."""
-    _seen: dict[Path, _Seen] = field(default_factory=dict, init=False, repr=False)
-    """What each segment of windows says of the whole."""
+    _seen: dict[Path, About] = field(default_factory=dict, init=False, repr=False)
+    """What each segment of windows and of wide windows says of the whole."""
     _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     """Results since `keep`, by the name of the method and its arguments."""
     _keeps: Any = field(default=None, init=False, repr=False)
@@ -559,16 +579,24 @@ class StoreReader:
         Damaged windows are left out without an error, because names are not worth refusing a query.
         """
         newest: dict[tuple[str, str, str], tuple[int, str]] = {}
-        for each in self._windows_seen(where)[0]:
-            for host, container_id, container, utc_ns, pod_containers in each.names:
-                key, last = (host, container_id, container), (utc_ns, pod_containers)
+        for each in self._windows_seen(where).found:
+            for key, last in each.names.items():
                 newest[key] = max(newest.get(key, last), last)
         return named((*key, *last) for key, last in newest.items())
 
-    def _windows_seen(self, where: Filter) -> tuple[list[_Seen], bool]:
-        """Return what the live segments of windows say of the whole, and whether all of them could be read."""
+    def _windows_seen(self, where: Filter) -> _Seen:
+        """Return what the live segments of windows say of the whole.
+
+        A segment of wide windows whose hours are all within the filter's time speaks for those that it stands for.
+        """
+        return self._once(("seen", where.since_ns, where.until_ns), lambda: self._read_seen(where), _KEPT_RUNS)
+
+    def _read_seen(self, where: Filter) -> _Seen:
         for _ in range(_ATTEMPTS):
-            live = self.segments("windows", where)
+            found = self._cover(where)
+            wide_ones = [each for each in found.wide if self._about(each, where) is not None]
+            live = [*found.others, *(each for each, by in found.covered.items() if by not in wide_ones)]
+            live = [each for each in live if _within(each.hour, where)]
             bad = self._damaged_of(live)
             live = [each for each in live if each.path not in bad]
             if new := [each for each in live if each.path not in self._seen]:
@@ -578,12 +606,33 @@ class StoreReader:
                     except duckdb.Error:
                         if not all(each.path.exists() for each in new):
                             continue  # merged meanwhile
-                        return [], False
+                        return _Seen([], False, frozenset())
                 self._seen |= _seen_of(new, rows)
+            live += wide_ones
             if len(self._seen) > 2 * len(live) + _SEEN_BESIDE:
                 self._seen = {each.path: self._seen[each.path] for each in live}
-            return [self._seen[each.path] for each in live], not bad and not self.damaged
-        return [], False
+            whole = not bad and not self.damaged
+            return _Seen([self._seen[each.path] for each in live], whole, frozenset(each.path for each in found.wide))
+        return _Seen([], False, frozenset())
+
+    def _cover(self, where: Filter, known: frozenset[Path] | None = None) -> Cover:
+        """Return which segments of windows of the filter's days have a wide one, if it is one of `known`."""
+        days = _whole_days(where)
+        # First the wide ones: the windows of those that are made meanwhile are then listed too.
+        wide_ones = [each for each in self.segments(STANDING, days) if known is None or each.path in known]
+        bad = self._damaged_of(wide_ones)
+        wide_ones = [each for each in wide_ones if each.path not in bad and self._about(each, Filter()) is not None]
+        return cover(self.segments("windows", days), wide_ones)
+
+    def _about(self, wide_one: SegmentFile, where: Filter) -> About | None:
+        """Return what a segment of wide windows says; None if not all of its hours are within the filter's time."""
+        if wide_one.path not in self._seen:
+            try:
+                self._seen[wide_one.path] = About.of(wide_one.path)
+            except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid):
+                return None
+        about = self._seen[wide_one.path]
+        return about if all(_within(hour, where) for hour in about.hours) else None
 
     def _by_newest_name(self, where: Filter) -> Filter:
         """Return the filter with the container's newest name, which rows are shown with."""
@@ -624,7 +673,7 @@ class StoreReader:
         if from_rows:
             parts += self._fetch(*self._rows_query(where, from_rows))
         if from_windows:
-            parts += self._fetch(*self._windows_query(where, from_windows, part=bool(from_rows)))
+            parts += self._windows_by_place(where, from_windows, part=bool(from_rows))
         for row in parts:
             place = _place(row[:8])
             place = replace(place, container_id=ids.get((place.host, place.container), ""))
@@ -674,7 +723,7 @@ class StoreReader:
         if where.narrows:
             told.append("The ledger and the grades are of whole runs.")
         # A run of `mace ping` has neither rows nor windows.
-        counted = {key[:2] for each in self._windows_seen(where)[0] for key in each.ends} if from_windows else set()
+        counted = {key[:2] for each in self._windows_seen(where).found for key in each.ends} if from_windows else set()
         from_windows = [r for r in from_windows if (r.host, r.run) in counted]
         if from_windows:
             names = ", ".join(r.run for r in from_windows[:5]) + (", ..." if len(from_windows) > 5 else "")
@@ -700,31 +749,46 @@ class StoreReader:
             values,
         )
 
-    def _windows_query(self, where: Filter, runs: Sequence[Run], *, part: bool) -> tuple[str, Filter, dict[str, Any]]:
-        condition, values = _condition(where, runs, windows=True, part=part)
-        return (
-            f"""
-            WITH w AS (
-                SELECT * FROM {{windows}} WHERE {condition}
-                QUALIFY width_s = min(width_s) OVER (PARTITION BY host, run)
-            ), u AS (
-                SELECT {_PLACE}, direction, segment, unnest(bins) AS bin, unnest(counts) AS n FROM w
-            ), b AS (
-                SELECT {_PLACE}, direction, segment, bin, sum(n) AS n FROM u GROUP BY ALL
-            ), h AS (
-                SELECT {_PLACE}, direction, segment, list(bin ORDER BY bin) AS bins, list(n ORDER BY bin) AS counts
-                FROM b GROUP BY {_PLACE}, direction, segment
-            ), a AS (
-                SELECT {_PLACE}, direction, segment, sum(count) AS n, sum(sum_ns) AS s, min(min_ns) AS lo,
-                       max(max_ns) AS hi
-                FROM w GROUP BY ALL
+    def _windows_by_place(self, where: Filter, runs: Sequence[Run], *, part: bool) -> list[tuple[Any, ...]]:
+        """Return place, direction, segment, count, sum, extremes, bins and counts of windows, by place."""
+        found = self._of_windows(where, list(runs), tuple(Segment), _FOREVER, part=part)
+        by = (*_PLACE.split(", "), "direction", "segment")
+        [merged] = self._grouped(found, [_Grouping(by)])
+        return [
+            (*key, each.count, each.sum_ns, each.min_ns, each.max_ns, *each.histogram()) for key, each in merged.items()
+        ]
+
+    @_written_by_mace
+    def unseen(self, where: Filter = Filter(), source: From = "auto") -> list[str]:
+        """Return the sentences of `Summary.unseen`, from counts alone: without reading a histogram."""
+        runs = self.runs(where)
+        found = Summary(ledger=Ledger(), packets=0, grades=Grades(), several_devices=None)
+        for run in runs:
+            found.observed(run.hooks)
+        if found.sees_past_tracepoints:
+            return []
+        containers = self.containers(where)
+        ids = {(one.host, one.container): one.container_id for one in containers}
+        found.pods = {one.container_id: one.pod_containers for one in containers if one.pod_containers}
+        for part in self._parts(where, (Segment.DEVICE, Segment.DELIVERY), source):
+            counted = "count(*)" if part.table == "delays" else "sum(count)"
+            columns = f"{_PLACE}, direction, segment, {counted}"
+            rows = self._query(
+                f"SELECT {columns} FROM {part.rows_sql} WHERE role = 'inner' GROUP BY ALL",
+                part.where,
+                part.values,
+                None,
+                lambda connection, sql, values: connection.execute(sql, values).fetchall(),
+                named_in=part.named_in,
+                wide_ones=part.wide,
             )
-            SELECT {_PLACE}, direction, segment, n, s, lo, hi, bins, counts
-            FROM a JOIN h USING ({_PLACE}, direction, segment)
-            """,
-            where,
-            values,
-        )
+            for *row, direction, segment, count in rows:
+                place = _place(row)
+                place = replace(place, container_id=ids.get((place.host, place.container), ""))
+                nothing = np.zeros(0, np.int64)
+                delays = found.distribution(place, Direction[direction.upper()], Segment[segment.upper()])
+                delays.add(int(count), 0, 0, 0, nothing, nothing)
+        return found.unseen()
 
     def _count_packets(self, where: Filter, runs: Sequence[Run]) -> int:
         condition, values = _condition(where, runs)
@@ -747,31 +811,21 @@ class StoreReader:
         """
         where = replace(self._by_newest_name(where), device=None)
         condition, values = _condition(where, [], windows=True)
-        key = f"{_PLACE}, owner_netns, direction, measure, cpu_queued, cpu"
-        rows = self._fetch(
-            f"""
-            WITH s AS (SELECT * FROM {{stages}} WHERE {condition}),
-            u AS (SELECT {key}, unnest(bins) AS bin, unnest(counts) AS n FROM s),
-            b AS (SELECT {key}, bin, sum(n) AS n FROM u GROUP BY ALL),
-            h AS (SELECT {key}, list(bin ORDER BY bin) AS bins, list(n ORDER BY bin) AS counts FROM b GROUP BY {key}),
-            a AS (
-                SELECT {key}, sum(count) AS n, sum(sum_ns) AS s, min(min_ns) AS lo, max(max_ns) AS hi
-                FROM s GROUP BY ALL
-            )
-            SELECT {key}, n, s, lo, hi, bins, counts FROM a JOIN h USING ({key})
-            ORDER BY host, container, owner_netns, direction, if(direction = 'ingress', -1, 1) * rank, netns, device_id,
-                     measure, cpu_queued, cpu
-            """,
-            where,
-            values,
-        )
+        by = (*_PLACE.split(", "), "owner_netns", "direction", "measure", "cpu_queued", "cpu")
+
+        def take(connection: duckdb.DuckDBPyConnection, sql: str, values: dict[str, Any]) -> Histograms:
+            merged = Histograms(by)
+            for batch in connection.sql(sql, params=values).to_arrow_reader(_BATCH_WINDOWS) or ():
+                merged.add(batch)
+            return merged
+
+        sql = f"SELECT {', '.join(by)}, count, sum_ns, min_ns, max_ns, bins, counts FROM {{stages}} WHERE {condition}"
         found = []
-        for row in rows:
-            netns, direction, measure, cpu_queued, cpu, count, sum_ns, low, high, bins, counts = row[8:]
-            durations = Distribution()
-            durations.add(int(count), int(sum_ns), low, high, np.array(bins, np.int64), np.array(counts, np.int64))
+        for key, durations in self._query(sql, where, values, None, take).distributions():
+            netns, direction, measure, cpu_queued, cpu = key[8:]
             way = Direction[direction.upper()]
-            found.append(StageCount(_place(row[:8]), netns, way, Measure[measure.upper()], cpu_queued, cpu, durations))
+            found.append(StageCount(_place(key[:8]), netns, way, Measure[measure.upper()], cpu_queued, cpu, durations))
+        found.sort(key=_along_the_path)
         return found
 
     @_written_by_mace
@@ -1045,6 +1099,7 @@ class StoreReader:
                 None,
                 lambda connection, sql, values: connection.execute(sql, values).fetchall()[0],
                 named_in=part.named_in,
+                wide_ones=part.wide,
             )
             for part in parts
         ]
@@ -1086,21 +1141,33 @@ class StoreReader:
         runs = self.runs(where)
         rows, windows = self._split(runs, source, where)
         found = []
+        stretch_ns = _FOREVER if points is None or not runs else _span_ns(where, runs) // points
         # Windows do not tell packets apart: those of a container are its own devices', as its overhead rows are.
         if source == "auto" and rows and (where.container is None or of == (Segment.OVERHEAD,)):
-            stretch_ns = _FOREVER if points is None else _span_ns(where, runs) // points
-            found = self._complete(where, rows, of, stretch_ns)
+            found = self._complete(where, rows, of, stretch_ns, "delays")
         if rows and not found:
             found = [self._rows(where, rows, of, where, part=len(rows) < len(runs))]
         if windows:
-            condition, values = self._where(where, windows, of, windows=True, part=len(windows) < len(runs))
-            long = _span_ns(where, windows) > _LONG_NS
-            sql = (
-                f"(SELECT * FROM {{windows}} WHERE {condition}"
-                f" QUALIFY width_s = {'max' if long else 'min'}(width_s) OVER (PARTITION BY host, run))"
-            )
-            found.append(_Part("windows", sql, values, (10 if long else 1) * _S, where, where))
+            found += self._of_windows(where, windows, of, stretch_ns, part=len(windows) < len(runs))
         return found
+
+    def _of_windows(
+        self, where: Filter, runs: list[Run], of: tuple[Segment, ...], stretch_ns: int, *, part: bool
+    ) -> list[_Part]:
+        """Return the windows of runs without rows: the widest ones, and windows of a second beside them."""
+        counted = {key[:2] for each in self._windows_seen(where).found for key in each.ends}
+        runs = [run for run in runs if (run.host, run.run) in counted]
+        if not runs:
+            return []
+        if found := self._complete(where, runs, of, stretch_ns, "windows"):
+            return found
+        condition, values = self._where(where, runs, of, windows=True, part=part)
+        long = stretch_ns != _FOREVER and _span_ns(where, runs) > _LONG_NS
+        sql = (
+            f"(SELECT * FROM {{windows}} WHERE {condition}"
+            f" QUALIFY width_s = {'max' if long else 'min'}(width_s) OVER (PARTITION BY host, run))"
+        )
+        return [_Part("windows", sql, values, (10 if long else 1) * _S, where, where)]
 
     def _where(
         self, where: Filter, runs: Sequence[Run], of: tuple[Segment, ...], *, windows: bool, part: bool
@@ -1121,64 +1188,100 @@ class StoreReader:
         runs: Sequence[Run],
         of: tuple[Segment, ...],
         named_in: Filter,
+        table: str = "delays",
         *,
         part: bool = False,
         since: _Ends | None = None,
     ) -> _Part:
-        """Return the rows of these runs, with `since` those from each run's time on."""
-        condition, values = self._where(where, runs, of, windows=False, part=part)
+        """Return the rows of these runs, or their windows of a second; with `since` those from each run's time on."""
+        windows = table == "windows"
+        condition, values = self._where(where, runs, of, windows=windows, part=part)
+        condition, unit_ns = f"{condition} AND {'width_s = 1' if windows else _COUNTED}", _S if windows else 1
         if since is None:
-            sql = f"(SELECT * FROM {{delays}} WHERE {condition} AND {_COUNTED})"
-            return _Part("delays", sql, values, 1, where, named_in)
+            return _Part(table, f"(SELECT * FROM {{{table}}} WHERE {condition})", values, unit_ns, where, named_in)
         sql = (
-            f"(SELECT d.* FROM {{delays}} AS d JOIN {_ENDS_SQL} USING (host, run)"
-            f" WHERE {condition} AND {_COUNTED} AND epoch_ns(time) >= upto)"
+            f"(SELECT d.* FROM {{{table}}} AS d JOIN {_ENDS_SQL} USING (host, run)"
+            f" WHERE {condition} AND epoch_ns(time) >= upto)"
         )
-        return _Part("delays", sql, values | since.values(), 1, where, named_in)
+        return _Part(table, sql, values | since.values(), unit_ns, where, named_in)
 
-    def _complete(self, where: Filter, runs: list[Run], of: tuple[Segment, ...], stretch_ns: int) -> list[_Part]:
-        """Return the widest windows that lie within the filter, and the rows beside them; nothing if rows are quicker.
+    def _complete(
+        self, where: Filter, runs: list[Run], of: tuple[Segment, ...], stretch_ns: int, narrow: str
+    ) -> list[_Part]:
+        """Return the widest windows that lie within the filter, and the rows of the table `narrow` beside them.
+
+        These are rows of `delays`, or windows of a second. Returns nothing if reading these alone is quicker.
 
         A window is stored when no further delay can belong to it, and in the order of their ends: up to the end of the
         newest one, windows and rows have the same delays. A run that has ended has all of its windows.
         """
-        seen, whole = self._windows_seen(where)
-        if not whole or any(run.rows_not_stored for run in runs):
+        seen = self._windows_seen(where)
+        if not seen.whole or any(run.rows_not_stored for run in runs):
             return []
         for width_s in _WIDTHS_S:
-            unit_ns = width_s * _S
+            unit_ns, stored_s = width_s * _S, min(width_s, FROM_S)
             ends = {
-                (r.host, r.run): max((each.ends.get((r.host, r.run, width_s), 0) for each in seen), default=0)
+                (r.host, r.run): max((each.ends.get((r.host, r.run, stored_s), 0) for each in seen.found), default=0)
                 for r in runs
             }
-            if 2 * unit_ns > stretch_ns or not all(ends.values()):
+            if 2 * unit_ns > stretch_ns or (width_s > FROM_S and not seen.wide):
+                continue
+            if narrow == "windows" and width_s == 1:
+                return []
+            if narrow == "delays" and not all(ends.values()):
                 continue
             if width_s == 1 and self._rows_of("delays", where) < _FEW_ROWS * self._rows_of("windows", where):
                 return []
-            live = _Ends({(r.host, r.run): ends[r.host, r.run] for r in runs if not r.closed})
-            upto = _Ends({(r.host, r.run): _FOREVER if r.closed else ends[r.host, r.run] for r in runs})
             low = None if where.since_ns is None else -(-where.since_ns // unit_ns) * unit_ns
             high = None if where.until_ns is None else where.until_ns // unit_ns * unit_ns
             if low is not None and high is not None and low >= high:
-                return []
+                continue
+            step_ns = stored_s * _S
+            low = None if where.since_ns is None else -(-where.since_ns // step_ns) * step_ns
+            high = None if where.until_ns is None else where.until_ns // step_ns * step_ns
             inner = replace(where, since_ns=low, until_ns=high)
-            condition, values = self._where(inner, runs, of, windows=True, part=False)
-            sql = (
-                f"(SELECT w.* FROM {{windows}} AS w JOIN {_ENDS_SQL} USING (host, run)"
-                f" WHERE {condition} AND width_s = {width_s} AND epoch_ns(time) < upto)"
+            upto = _Ends(
+                {key: _FOREVER if r.closed and end else end for r, (key, end) in zip(runs, ends.items(), strict=True)}
             )
-            found = [_Part("windows", sql, values | upto.values(), unit_ns, inner, where)]
+            found = [self._windows(inner, runs, of, where, width_s, upto, seen.wide)]
             if low is not None and low > (where.since_ns or 0):
-                found.append(self._rows(replace(where, until_ns=low), runs, of, where))
+                found.append(self._rows(replace(where, until_ns=low), runs, of, where, narrow, part=True))
             if high is not None and high < (where.until_ns or 0):
-                found.append(self._rows(replace(where, since_ns=high), runs, of, where))
-            if live.ends:
-                begin = max(min(live.ends.values()), low or 0)
-                if high is None or begin < high:
-                    rest = replace(inner, since_ns=begin)
-                    found.append(self._rows(rest, runs, of, where, since=live))
+                found.append(self._rows(replace(where, since_ns=high), runs, of, where, narrow, part=True))
+            for rest, of_runs in _unended(inner, runs, ends):
+                since = _Ends({(r.host, r.run): ends[r.host, r.run] for r in of_runs})
+                found.append(self._rows(rest, runs, of, where, narrow, since=since))
             return found
         return []
+
+    def _windows(
+        self,
+        where: Filter,
+        runs: Sequence[Run],
+        of: tuple[Segment, ...],
+        named_in: Filter,
+        width_s: int,
+        upto: _Ends,
+        known: frozenset[Path],
+    ) -> _Part:
+        """Return windows of up to `width_s` that lie within the filter and begin before a time of each run."""
+        condition, values = self._where(where, runs, of, windows=True, part=False)
+        values |= upto.values()
+        stored = f"width_s = {min(width_s, FROM_S)} AND epoch_ns(time) < upto"
+        sql = f"SELECT w.* FROM {{windows}} AS w JOIN {_ENDS_SQL} USING (host, run) WHERE {condition} AND {stored}"
+        if width_s <= FROM_S:
+            return _Part("windows", f"({sql})", values, width_s * _S, where, named_in)
+        last = _FOREVER // segments.HOUR_NS * segments.HOUR_NS
+        within = spans(where.since_ns or 0, last if where.until_ns is None else where.until_ns, width_s)
+        joined = f"AS w JOIN {_ENDS_SQL} USING (host, run) WHERE {condition}"
+        for width, begin, end in within:
+            named = "covered_windows" if width == FROM_S else wide.TABLES[width]
+            also = f" AND {stored}" if width == FROM_S else ""
+            sql += (
+                f" UNION ALL BY NAME SELECT w.* FROM {{{named}}} {joined}"
+                f" AND epoch_ns(time) >= {begin} AND epoch_ns(time) < {end}{also}"
+            )
+        return _Part("windows", f"({sql})", values, width_s * _S, where, named_in, _Wide(known, tuple(within)))
 
     def _rows_of(self, table: str, where: Filter) -> int:
         return sum(each.rows for each in self.segments(table, where))
@@ -1215,14 +1318,15 @@ class StoreReader:
         def take(connection: duckdb.DuckDBPyConnection, sql: str, values: dict[str, Any]) -> list[Histograms]:
             found = [Histograms(each.by, each.coarse_bits) for each in wanted]
             for batch in connection.sql(sql, params=values).to_arrow_reader(_BATCH_WINDOWS) or ():
+                cells = cells_of(batch)
                 for each in found:
-                    each.add(batch)
+                    each.add(batch, cells)
             return found
 
         columns = dict.fromkeys(name for each in wanted for name in each.by)
         names = ", ".join(f"{_STRETCH_SQL} AS stretch" if name == "stretch" else name for name in columns)
         sql = f"SELECT {names}, count, sum_ns, min_ns, max_ns, bins, counts FROM {part.rows_sql}"
-        return self._query(sql, part.where, values, None, take, named_in=part.named_in)
+        return self._query(sql, part.where, values, None, take, named_in=part.named_in, wide_ones=part.wide)
 
     @_written_by_mace
     def packets(
@@ -1327,6 +1431,7 @@ class StoreReader:
         *,
         as_stored: bool = False,
         named_in: Filter | None = None,
+        wide_ones: _Wide | None = None,
     ) -> _T:
         """Run `sql`, in which `{TABLE}` stands for the table's live segments (the newest with `newest_rows` rows).
 
@@ -1337,16 +1442,80 @@ class StoreReader:
         naming = [] if as_stored else [table for table in used if table in TABLES]
         containers = self.containers(named_in or where) if naming else []
         for _ in range(_ATTEMPTS):
-            live = {table: self.whole_segments(table, where, newest_rows) for table in used}
+            missing: set[int] = set()
+            if wide_ones is None:
+                live = {table: self.whole_segments(table, where, newest_rows) for table in used}
+            else:
+                live, missing = self._live_and_wide(where, wide_ones)
             with self._connected() as connection:
-                names = {table: relation(connection, table, found) for table, found in live.items()}
-                names |= {table: by_newest_name(names[table], containers) for table in naming}
+                names = {table: relation(connection, _STORED.get(table, table), found) for table, found in live.items()}
+                names |= {
+                    table: by_newest_name(names[table], containers) for table in (*naming, *_STORED) if table in names
+                }
+                if missing:
+                    names |= {table: _without_hours(names[table], missing) for table in segments.DAILY}
                 try:
                     return take(connection, sql.format(**names), _used(sql, values))
                 except duckdb.Error as e:
                     if not self.blame([s.path for found in live.values() for s in found], e):
                         raise StoreError(f"{self.path}: query failed: {' '.join(str(e).split())}") from e
         raise StoreError(f"{self.path}: segments vanished {_ATTEMPTS} times while they were read; try again")
+
+    def _live_and_wide(self, where: Filter, asked: _Wide) -> tuple[dict[str, list[SegmentFile]], set[int]]:
+        """Return the live segments by table, and the hours that retention has removed from the wide windows' days."""
+        known = asked.known
+        while True:
+            found = self._cover(where, known)
+            chosen = {table: self._of_spans(table, width, found.wide, asked) for width, table in wide.TABLES.items()}
+            lacking = {path for pairs in chosen.values() for path, each in pairs.items() if each is None}
+            if not lacking:
+                break
+            known -= lacking
+        missing = set[int]()
+        for one in found.wide:
+            missing |= self._seen[one.path].hours - {each.hour for each, by in found.covered.items() if by == one}
+        edges = {
+            hour
+            for width, begin, end in asked.spans
+            if width == FROM_S
+            for hour in range(begin // segments.HOUR_NS, -(-end // segments.HOUR_NS))
+        }
+        live = {
+            "windows": [each for each in found.others if _within(each.hour, where)],
+            "covered_windows": [each for each in found.covered if each.hour in edges],
+        }
+        if bad := self._damaged_of([each for listed in live.values() for each in listed]):
+            self._refuse(bad, None)
+        live = {table: [each for each in listed if each.path not in self.damaged] for table, listed in live.items()}
+        return live | {
+            table: [each for each in pairs.values() if each is not None] for table, pairs in chosen.items()
+        }, missing
+
+    def _of_spans(
+        self, table: str, width_s: int, standing: Sequence[SegmentFile], asked: _Wide
+    ) -> dict[Path, SegmentFile | None]:
+        """Return a table's segments in the spans, by the path of the one of `STANDING`; None if damaged or gone."""
+        day_ns = segments.DAY_HOURS * segments.HOUR_NS
+        within = [(begin, end) for width, begin, end in asked.spans if width == width_s]
+        wanted = [
+            each
+            for each in standing
+            if any(
+                begin < day_of(each) * segments.HOUR_NS + day_ns and day_of(each) * segments.HOUR_NS < end
+                for begin, end in within
+            )
+        ]
+        if table == STANDING:
+            return {each.path: each for each in wanted}
+        here: dict[tuple[int, int, int], SegmentFile] = {}
+        for day in dict.fromkeys(map(day_of, wanted)):
+            begin = day * segments.HOUR_NS
+            here |= {
+                (day, each.first, each.last): each for each in segments.listing(self.path, table, begin, begin + day_ns)
+            }
+        bad = self._damaged_of([here[key] for each in wanted if (key := (each.hour, each.first, each.last)) in here])
+        found = {each.path: here.get((each.hour, each.first, each.last)) for each in wanted}
+        return {path: None if each is None or each.path in bad else each for path, each in found.items()}
 
     def blame(self, paths: Sequence[Path], e: Exception) -> bool:
         """Return whether a failed query of these segments should be tried again.
@@ -1373,6 +1542,12 @@ class StoreReader:
                 " the file"
             ) from cause
         self.damaged.update(found)
+
+
+def _without_hours(relation: str, hours: set[int]) -> str:
+    """Return SQL for the rows of a relation that begin in other hours than these."""
+    told = ", ".join(map(str, sorted(hours)))
+    return f"(FROM {relation} WHERE NOT list_contains([{told}], epoch_ns(time) // {segments.HOUR_NS}))"
 
 
 def _used(sql: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -1423,15 +1598,27 @@ def _read(found: Sequence[SegmentFile], *, filename: bool = False) -> str:
     return f"read_parquet([{quoted}], union_by_name=true, hive_partitioning=false{named})"
 
 
-def _seen_of(found: Sequence[SegmentFile], rows: Sequence[tuple[Any, ...]]) -> dict[Path, _Seen]:
+def _seen_of(found: Sequence[SegmentFile], rows: Sequence[tuple[Any, ...]]) -> dict[Path, About]:
     """Return the rows of `_SEEN_SQL` by segment."""
-    seen = {str(each.path): _Seen([], {}) for each in found}
+    seen = {str(each.path): About(hours={each.hour}) for each in found}
     for path, host, run, width_s, container_id, container, utc_ns, pod_containers in rows:
-        one, key = seen[path], (host, run, int(width_s))
-        one.ends[key] = max(one.ends.get(key, 0), utc_ns + int(width_s) * _S)
-        if container_id:
-            one.names.append((host, container_id, container, utc_ns, pod_containers))
+        seen[path].add(host, run, int(width_s), container_id, container, utc_ns, pod_containers)
     return {Path(path): each for path, each in seen.items()}
+
+
+def _whole_days(where: Filter) -> Filter:
+    """Return a filter for all days of a filter's time."""
+    day_ns = segments.DAY_HOURS * segments.HOUR_NS
+    since = None if where.since_ns is None else where.since_ns // day_ns * day_ns
+    until = None if where.until_ns is None else -(-where.until_ns // day_ns) * day_ns
+    return Filter(since, until)
+
+
+def _within(hour: int, where: Filter) -> bool:
+    """Return whether an hour can have rows of a filter's time, as `storage.segments.listing` chooses hours."""
+    begin = hour * segments.HOUR_NS
+    after = where.since_ns is None or where.since_ns < begin + segments.HOUR_NS
+    return after and (where.until_ns is None or begin < where.until_ns)
 
 
 def _nothing(connection: duckdb.DuckDBPyConnection, table: str, *, with_remainder: bool = False) -> str:
@@ -1519,6 +1706,31 @@ def _condition(
     return " AND ".join(told) or "true", values
 
 
+def _unended(
+    where: Filter, runs: Sequence[Run], ends: dict[tuple[str, str], int]
+) -> Iterator[tuple[Filter, list[Run]]]:
+    """Yield runs without windows of their whole time, with a filter for what a filter admits after their `ends`.
+
+    Such a run goes on, or was killed: then it has no rows long after its newest ledger. Runs of the same time are
+    together.
+    """
+    rests = []
+    for run in runs:
+        begin = max(ends[run.host, run.run] or run.started_utc_ns - segments.HOUR_NS, where.since_ns or 0)
+        end = min(run.upto_utc_ns + segments.HOUR_NS, _FOREVER if where.until_ns is None else where.until_ns)
+        if begin < end and not (run.closed and ends[run.host, run.run]):
+            rests.append((begin, end, run))
+    rests.sort(key=lambda each: each[:2])
+    while rests:
+        begin, end, run = rests.pop(0)
+        together = [run]
+        while rests and rests[0][0] < end:
+            _, other, run = rests.pop(0)
+            end = max(end, other)
+            together.append(run)
+        yield replace(where, since_ns=begin, until_ns=end), together
+
+
 def _span_ns(where: Filter, runs: Sequence[Run]) -> int:
     since, until = min(r.started_utc_ns for r in runs), max(r.upto_utc_ns for r in runs)
     if where.since_ns is not None:
@@ -1567,6 +1779,13 @@ def _groups(
     for i, (key, *numbers) in enumerate(zip(keys, *(each.tolist() for each in figures), strict=True)):
         piece = slice(edges[i], edges[i + 1])
         yield key, (*numbers, bins[piece], counts[piece])
+
+
+def _along_the_path(one: StageCount) -> tuple[Any, ...]:
+    place, way = one.place, one.direction
+    rank = -place.rank if way is Direction.INGRESS else place.rank
+    whose = place.host, place.container, one.owner_netns, way.name
+    return *whose, rank, place.netns, f"{place.netns_id}:{place.ifindex}", one.measure.name, one.cpu_queued, one.cpu
 
 
 def _place(row: Sequence[Any]) -> DevicePlace:

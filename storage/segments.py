@@ -4,6 +4,7 @@
     ├── store.json                                      schema version
     ├── lock                                            flock of the one writer; says who it is
     ├── runs|cost/FIRST-LAST.ROWS.parquet
+    ├── minutes|ten_minutes|hours/day=YYYY-MM-DD/FIRST-LAST.ROWS.parquet
     └── delays|windows|stages|cpus|softirqs|round_trips|ledger/day=YYYY-MM-DD/hour=HH/FIRST-LAST.ROWS.parquet
 
 A segment is a Parquet file that appears whole (temporary name, fsync, rename) and never changes. FIRST and LAST are the
@@ -19,6 +20,7 @@ import errno
 import logging
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -34,17 +36,20 @@ from storage.ownership import NO_LINK
 _LOG = logging.getLogger(__name__)
 
 HOUR_NS: Final = 3_600_000_000_000
+DAY_HOURS: Final = 24
 NO_HOUR: Final = -1
 """Hour of tables that are not partitioned by time."""
 PARTITIONED: Final = ("ledger", "windows", "delays", "stages", "cpus", "softirqs", "round_trips")
 """Tables in the order of writing: the ledger is first, so that no reader sees rows without their losses."""
+DAILY: Final = ("minutes", "ten_minutes", "hours")
+"""Tables that are partitioned by day: `storage.wide` makes them from others."""
 UNFINISHED: Final = "replay"
 """Folder in a store with the state of an incomplete replay, for its resume."""
 MAINTENANCE_INTERVAL_S: Final = 5.0
 """Interval at which the writer of a store merges its small segments."""
 RETENTION_INTERVAL_S: Final = 60.0
 """Interval at which the writer of a store removes hours beyond the limits of age and size."""
-TABLES: Final = ("runs", "cost", *PARTITIONED)
+TABLES: Final = ("runs", "cost", *PARTITIONED, *DAILY)
 
 FULL_ROWS: Final = 1 << 18
 """A segment with so many rows, the most that a flush writes, is not merged again. A reader spends 4 ms on each file, as
@@ -54,7 +59,14 @@ MERGED_ROWS: Final = 1 << 20
 MERGE_BATCH_ROWS: Final = 1 << 16
 """Rows that merging holds at a time, and rows per row group that it encodes. It is a quarter of
 `tables.ROW_GROUP_ROWS`, because merging runs beside everything else in a store; this costs 1 % in size."""
-ROW_WEIGHT: Final = dict.fromkeys(TABLES, 1) | {"windows": 32, "stages": 32, "softirqs": 32}
+ROW_WEIGHT: Final = dict.fromkeys(TABLES, 1) | {
+    "windows": 32,
+    "stages": 32,
+    "softirqs": 32,
+    "minutes": 32,
+    "ten_minutes": 32,
+    "hours": 32,
+}
 """Weight of a table's row in these limits: a window has a histogram with hundreds of numbers."""
 MOVED_ROWS: Final = 1 << 14
 """Merging moves the row groups of segments with so many rows as they are. Smaller segments are decoded, and their rows
@@ -78,7 +90,7 @@ class SegmentFile:
 
     table: str
     hour: int
-    """Hours since 1970-01-01 UTC; `NO_HOUR` for tables without partitions."""
+    """Hours since 1970-01-01 UTC; the day's first for tables in `DAILY`, `NO_HOUR` for tables without partitions."""
     first: int
     last: int
     """First and last flush of the segment."""
@@ -87,13 +99,17 @@ class SegmentFile:
 
 
 def partition(root: Path, table: str, hour: int) -> Path:
-    """Return the directory of a table's segments of one hour. Raises `StoreError` for an hour outside the calendar."""
+    """Return the directory of a table's segments of an hour. Raises `StoreError` for an hour outside the calendar."""
     if hour == NO_HOUR:
         return root / table
     if hour not in _HOURS:
         raise StoreError(f"{root}: a row's time is {hour} hours after 1970, outside the calendar: check the clock")
-    start = _EPOCH + timedelta(hours=hour)
-    return root / table / f"day={start:%Y-%m-%d}" / f"hour={start:%H}"
+    day = _day(root, table, hour)
+    return day if table in DAILY else day / f"hour={hour % DAY_HOURS:02d}"
+
+
+def _day(root: Path, table: str, hour: int) -> Path:
+    return root / table / f"day={_EPOCH + timedelta(hours=hour):%Y-%m-%d}"
 
 
 def segment(root: Path, table: str, hour: int, first: int, last: int, rows: int) -> SegmentFile:
@@ -111,7 +127,8 @@ def named(path: Path) -> SegmentFile | None:
     hour = NO_HOUR
     if within:
         try:
-            start = datetime.strptime("/".join(within), "day=%Y-%m-%d/hour=%H").replace(tzinfo=UTC)
+            form = "day=%Y-%m-%d" if table in DAILY else "day=%Y-%m-%d/hour=%H"
+            start = datetime.strptime("/".join(within), form).replace(tzinfo=UTC)
         except ValueError:
             return None
         hour = (start - _EPOCH) // timedelta(hours=1)
@@ -137,21 +154,20 @@ def _names(directory: Path) -> list[str]:
 
 
 def _partitions(root: Path, table: str, first_hour: int, last_hour: int) -> Iterator[tuple[int, Path]]:
-    if table not in PARTITIONED:
+    if table not in PARTITIONED and table not in DAILY:
         yield NO_HOUR, root / table
         return
-    for day in _names(root / table):
-        try:
-            start = datetime.strptime(day, "day=%Y-%m-%d").replace(tzinfo=UTC)
-        except ValueError:
+    for day_hour in days(root, table):
+        if day_hour + DAY_HOURS <= first_hour or day_hour > last_hour:
             continue
-        day_hour = (start - _EPOCH) // timedelta(hours=1)
-        if day_hour + 23 < first_hour or day_hour > last_hour:
+        directory = _day(root, table, day_hour)
+        if table in DAILY:
+            yield day_hour, directory
             continue
-        for name in _names(root / table / day):
+        for name in _names(directory):
             matched = re.fullmatch(r"hour=([01]\d|2[0-3])", name)
             if matched and first_hour <= (hour := day_hour + int(matched[1])) <= last_hour:
-                yield hour, root / table / day / name
+                yield hour, directory / name
 
 
 def listing(
@@ -180,6 +196,26 @@ def listing(
             if live != covered:
                 found.append(each)
     return found
+
+
+def days(root: Path, table: str) -> list[int]:
+    """Return the first hours of the days of a partitioned table, since 1970-01-01 UTC, ascending."""
+    found = []
+    for day in _names(root / table):
+        try:
+            start = datetime.strptime(day, "day=%Y-%m-%d").replace(tzinfo=UTC)
+        except ValueError:
+            continue
+        found.append((start - _EPOCH) // timedelta(hours=1))
+    return found
+
+
+def newest_hour(root: Path, table: str) -> int:
+    """Return the newest hour of a partitioned table with live segments; `NO_HOUR` without any."""
+    for day in reversed(days(root, table)):
+        if found := listing(root, table, day * HOUR_NS, (day + DAY_HOURS) * HOUR_NS):
+            return found[-1].hour
+    return NO_HOUR
 
 
 def by_hour(time_ns: Ints) -> list[tuple[int, Ints | None]]:
@@ -273,12 +309,16 @@ def next_flush(root: Path) -> int:
     return 1 + max((s.last for table in TABLES for s in listing(root, table)), default=0)
 
 
-def mergeable(segments: Sequence[SegmentFile], damaged: Iterable[Path] = ()) -> list[list[SegmentFile]]:
+def mergeable(
+    segments: Sequence[SegmentFile], damaged: Iterable[Path] = (), ends: Iterable[int] = ()
+) -> list[list[SegmentFile]]:
     """Return groups of at least two of a table's live segments (in the order of `listing`) that should be merged.
 
     A group is consecutive, because a merged segment covers all flushes between its first and its last. Segments of the
-    newest hour are merged only when there are `FAN_IN` small ones.
+    newest hour are merged only when there are `FAN_IN` small ones. No group has flushes on both sides of one of `ends`,
+    the last flushes of segments that were made from these.
     """
+    cuts = sorted(ends)
     bad = set(damaged)
     newest = segments[-1].hour if segments else NO_HOUR
     groups: list[list[SegmentFile]] = []
@@ -290,6 +330,10 @@ def mergeable(segments: Sequence[SegmentFile], damaged: Iterable[Path] = ()) -> 
 
     for each in segments:
         small = _weight(each) < FULL_ROWS and each.path not in bad
+        cut = group and bisect_left(cuts, group[-1].last) != bisect_left(cuts, each.first)
+        if cut:
+            close()
+            group = []
         fits = group and group[0].hour == each.hour and sum(map(_weight, group)) + _weight(each) <= MERGED_ROWS
         if not small or not fits:
             # A full group is merged even if it has few segments.
@@ -362,8 +406,8 @@ def retain(
     Age counts from the writing, not from the packets' time, because a replay of last year's capture must not be deleted
     at once. The hour of `now_s` always stays, or if there is none the newest before it. To meet `max_bytes`, hours in
     the future of this machine's clock are removed first, the furthest first: rows of a host whose clock is wrong must
-    not outlive those of the others. `runs` stays, with one row per run. `before` is called with the segments of an hour
-    and the reason, `age` or `size`, before they are removed.
+    not outlive those of the others. A table in `DAILY` goes with the last hour of its day. `runs` stays, with one row
+    per run. `before` is called with the segments of an hour and the reason, `age` or `size`, before they are removed.
     """
     hours: dict[int, list[tuple[SegmentFile, int]]] = {}
     newest_s: dict[int, float] = {}
@@ -377,6 +421,14 @@ def retain(
             hours.setdefault(each.hour, []).append((each, status.st_size))
             newest_s[each.hour] = max(newest_s.get(each.hour, 0.0), status.st_mtime)
             total += status.st_size
+    daily: dict[int, list[tuple[SegmentFile, int]]] = {}
+    for table in DAILY:
+        for each in listing(root, table):
+            try:
+                daily.setdefault(each.hour, []).append((each, each.path.stat().st_size))
+            except FileNotFoundError:
+                continue
+    total += sum(size for day in daily.values() for _, size in day)
     # The newest file's time counts as present too, so that a clock that was set back does not remove everything.
     present = int(max([now_s, *newest_s.values()])) // 3600
     to_come = sorted((hour for hour in hours if hour > present + HOURS_AHEAD), reverse=True)
@@ -384,7 +436,14 @@ def retain(
     if not come:  # this machine's clock is wrong
         come, to_come = to_come[::-1], []
     stays = {hour for hour in come if present <= hour <= present + HOURS_AHEAD} or set(come[-1:])
-    removed = Removed()
+    removed, gone = Removed(), set[int]()
+    # What was made while the last hour of its day was removed.
+    for day in daily.keys() - {hour // DAY_HOURS * DAY_HOURS for hour in hours}:
+        for each, size in daily.pop(day):
+            if before is not None:
+                before([each], "age")
+            each.path.unlink(missing_ok=True)
+            total -= size
     for hour in [*to_come, *come]:
         if hour in stays:
             continue
@@ -392,13 +451,20 @@ def retain(
         large = max_bytes is not None and total > max_bytes
         if not (old or large):
             continue
-        here = Removed(len(hours[hour]), sum(s.rows for s, _ in hours[hour]), sum(size for _, size in hours[hour]))
+        day = hour // DAY_HOURS * DAY_HOURS
+        gone.add(hour)
+        last = all(each in gone for each in hours if day <= each < day + DAY_HOURS)
+        away = [*hours[hour], *(daily.pop(day, []) if last else [])]
+        here = Removed(len(away), sum(s.rows for s, _ in away), sum(size for _, size in away))
         if before is not None:
-            before([each for each, _ in hours[hour]], "age" if old else "size")
-        for each, _ in hours[hour]:
+            before([each for each, _ in away], "age" if old else "size")
+        for each, _ in away:
             each.path.unlink(missing_ok=True)
         for table in PARTITIONED:
             _remove_empty(partition(root, table, hour))
+        if last:
+            for table in DAILY:
+                _remove_empty(partition(root, table, day))
         total -= here.bytes
         removed += here
         _LOG.info(

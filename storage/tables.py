@@ -285,6 +285,9 @@ ROUND_TRIPS: Final = (
 COLUMNS: Final = {
     "delays": DELAYS,
     "windows": WINDOWS,
+    "minutes": WINDOWS,
+    "ten_minutes": WINDOWS,
+    "hours": WINDOWS,
     "ledger": LEDGER,
     "runs": RUNS,
     "cost": COST,
@@ -317,8 +320,10 @@ STORED_SCHEMAS: Final = {
 _SKIPPED_BY: Final = ("time", "delay_ns")
 """Columns of `delays` in which readers search for ranges."""
 _DELTA: Final = dict.fromkeys((*_SKIPPED_BY, REMAINDER), "DELTA_BINARY_PACKED")
-_COMPRESSION: Final = {f.name: "zstd" for f in STORED_SCHEMAS["delays"]} | {REMAINDER: "none"}
-"""zstd finds nothing in remainders, which are random, and takes 3 ns a row to try."""
+_COMPRESSION: Final = {
+    f.name: "none" if f.name in {REMAINDER, "delay_ns"} else "zstd" for f in STORED_SCHEMAS["delays"]
+}
+"""zstd finds nothing in remainders and in differences of delays, which are random, and takes 3 ns for each to try."""
 ROW_GROUP_ROWS: Final = 1 << 18
 """Number of rows that are encoded and decoded at a time: about 20 MB as Arrow."""
 

@@ -53,7 +53,8 @@ class Driven:
         """Receive a message from the broker; the message waits to be processed."""
         told = properties(oldest=oldest) if oldest is not None else None
         message = aiomqtt.Message(topic, payload, 1, retain, 1, told)
-        self.inside(lambda: self.ingest._hear(message))
+        [broker] = self.ingest._brokers.all
+        self.inside(lambda: self.ingest._hear(message, broker))
 
     def send(self, host, payload, oldest="0", *, retain=False):
         """Receive a frame of a host and process it at once."""

@@ -3,6 +3,7 @@
 A lab with two containers sends pings, UDP and TCP for ten seconds; `mace run` measures them; a browser shows the page.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -38,7 +39,9 @@ def measure(store: Path) -> None:
             lab.ping(container, count=2)
         process = start("run", "--lab", lab.name, "--source", "ftrace", "--store", store, "--json")
         try:
-            wait_for(lambda: list(store.glob("runs/*.parquet")), limit_s=120)
+            wait_for(lambda: list(store.glob("runs/*.parquet")) or process.poll() is not None, limit_s=120)
+            if process.poll() is not None:
+                sys.exit(f"mace run has ended: {process.stderr.read()}")
             beside = lab.start_udp("c2", count=1_000 * SECONDS, size=200, rate_pps=1_000, duration_s=SECONDS)
             lab.ping("c1", count=100 * SECONDS, interval_s=0.01)
             beside.stop()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -37,6 +38,7 @@ from mace.replaying.journal import Committed, committed_from_json, committed_to_
 from mace.replaying.part import MACE_FORMAT, PartDone, PartTask, RecordedFile
 from storage import segments, tables
 from storage.embedded import ABOUT, check_schema, lock_store, schema_of
+from storage.folding import fold_windows
 from storage.places import Place, place_at
 from storage.segments import HOUR_NS, NO_HOUR, UNFINISHED, by_hour
 
@@ -286,6 +288,7 @@ class Assembly:
             self._place.remove(_PLAN)
             self._place.remove(UNFINISHED)
         if self._local is not None:
+            fold_windows(self._local, None, sys.maxsize, fsync=self._config.sync)
             self._retain()
 
     # Opening ------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple, get_args
 import numpy as np
 import pyarrow as pa
 
+from contracts import cpu_figures
 from contracts.errors import UsageError, nearest
 from contracts.figures import COUNTS_AS, Distribution, FigureKey, Summary
 from contracts.histogram import MAX_NS, SUB_BITS, lower_bounds, merge, middles, quantiles_of_each
@@ -33,8 +34,12 @@ _COARSE_BITS: Final = SUB_BITS - _HEAT_BITS
 _SPARK_POINTS: Final = 60
 _FIGURES: Final = ("count", "min_ns", "mean_ns", "p50_ns", "p90_ns", "p99_ns", "p999_ns", "max_ns")
 _PLACE: Final = ("host", "container", "netns", "netns_id", "device", "ifindex", "kind", "role", "direction", "segment")
+_STAGE: Final = (
+    *("host", "owner", "device", "direction", "cpu_queued", "cpu", "count", "moved"),
+    *("run_p50_ns", "run_p99_ns", "wait_p50_ns", "wait_p99_ns"),
+)
 _NUMBERS: Final = re.compile(
-    r"\w+_ns|count|hop|position|netns_id|ifindex|l3_len|packets|rows_stored|records|matched|lost|discarded"
+    r"\w+_ns|count|cpu|cpu_queued|hop|position|netns_id|ifindex|l3_len|packets|rows_stored|records|matched|lost|discarded"
 )
 """Columns of whole numbers; all others, unless `_KINDS` has them, are text."""
 _KINDS: Final = {
@@ -42,6 +47,7 @@ _KINDS: Final = {
     "mean_ns": pa.float64(),
     "rate_per_s": pa.float64(),
     "longer_share": pa.float64(),
+    "moved": pa.bool_(),
     "waited": pa.bool_(),
     "closed": pa.bool_(),
 }
@@ -278,7 +284,9 @@ def overview(store: StoreReader, asked: Asked) -> View:
         values = dict(zip(by, group, strict=True))
         _append(columns, values | {"rate_per_s": round(whole.count / seconds, 1)} | whole.as_dict())
         spark.append(_spark(stretches))
-    return View(columns, _noted(store, base.about()) | {"spark": spark, "width_ns": over.width_ns})
+    about = base.about()
+    about["losses"] += store.unseen(base.where, asked.source)
+    return View(columns, _noted(store, about) | {"spark": spark, "width_ns": over.width_ns})
 
 
 def _spark(stretches: Mapping[int, Distribution]) -> list[list[int]]:
@@ -439,6 +447,23 @@ def sources(store: StoreReader, asked: Asked) -> View:
     return View(columns, _noted(store, base.about()))
 
 
+def cpus(store: StoreReader, asked: Asked) -> View:
+    """Return which CPU ran which part of the packets' paths, as `mace report --cpus`: a row per stage and CPUs.
+
+    `sentences` has the finding for each container and direction. Without `--cpus` a store has no rows here.
+    """
+    base = _base(store, asked)
+    found = cpu_figures.report(store.stages(base.where), (), (), {})
+    columns: dict[str, list[Any]] = {name: [] for name in _STAGE}
+    for one in found.stages:
+        told = cpu_figures.stage_dict(one)
+        for what in ("run", "wait"):
+            for figure in ("p50_ns", "p99_ns"):
+                told[f"{what}_{figure}"] = told[what] and told[what][figure]
+        _append(columns, told | {"count": told["packets"]})
+    return View(columns, _noted(store, base.about()) | {"sentences": [one.sentence() for one in found.containers]})
+
+
 def runs(store: StoreReader, asked: Asked) -> View:
     """Return the runs, oldest first."""
     base = _base(store, asked)
@@ -495,6 +520,7 @@ VIEWS: Final[dict[str, Kind]] = {
     "heat": Kind(heat, "histograms over time"),
     "round_trips": Kind(round_trips, "round trips of tools, of a host process and of the outer device, over time"),
     "sources": Kind(sources, "figures by source"),
+    "cpus": Kind(cpus, "which CPU ran which part of the packets' paths, with `--cpus`"),
     "runs": Kind(runs, "capture runs"),
     "packets": Kind(packets, "slowest packets of a region of time and delay"),
     "packet": Kind(packet, "one packet, hop by hop"),

@@ -26,6 +26,7 @@ from tests.benchmark import (
     kmod_kinds,
     live,
     matching,
+    month,
     mqtt,
     needs,
     offline,
@@ -89,6 +90,7 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "replay_jobs": replaying.replay_jobs,
     "dask_scaling": replaying.dask_scaling,
     "serve": page.run,
+    "serve_month": month.run,
     "serve_cost": page_cost.run,
     "pods_1000": pods.run,
 }

@@ -6,12 +6,15 @@ import queue
 import re
 import signal
 import threading
+from dataclasses import replace
 from urllib.parse import parse_qs, unquote, urlencode
 from urllib.request import urlopen
 
 import pytest
 
+from contracts.cpus import Measure, StagePlace
 from contracts.names import printable
+from contracts.schema import Direction
 from mace import cli
 from mace.lab import Spec, running
 from mace.serving.access import Access
@@ -19,7 +22,7 @@ from mace.serving.server import serving
 from storage import sql
 from storage.query import Filter, StoreReader
 from tests.browser import LIMIT_S
-from tests.made_results import make_delays, make_results, make_windows, topology
+from tests.made_results import make_delays, make_results, make_stages, make_windows, topology, with_rows
 from tests.made_trips import kept, made_trips
 from tests.measuring import ROOT, mace, start, wait_for
 from tests.nasty_names import NASTY, named_devices
@@ -278,6 +281,30 @@ def test_round_trips_are_drawn_where_there_are_any(browser, tmp_path):
         assert "lost 3" in page.js("document.querySelector('footer').innerText")
         page.shown(f"{served.url}#/container?container=c0&host=testhost")
         assert page.js(f"{section}.hidden")
+        quiet(page, served.url)
+
+
+def test_which_cpu_does_the_work_is_shown_where_it_is_known(browser, tmp_path):
+    delays = make_delays(40)
+    stages, places = make_stages(
+        [
+            (StagePlace(1, 0, 0, 0), Direction.EGRESS, Measure.RUN, [200] * 3),
+            (StagePlace(1, 0, 0, 3), Direction.EGRESS, Measure.RUN, [7_000]),
+            (StagePlace(1, 0, 0, 3), Direction.EGRESS, Measure.WAIT, [90_000]),
+            (StagePlace(0, 0, -1, -1), Direction.EGRESS, Measure.WORK, [7_600]),
+        ]
+    )
+    results = make_results(delays, windows=make_windows(delays))
+    devices = tuple(replace(device, container="c0") for device in results.rows.devices)
+    fill(tmp_path, [with_rows(results, stages=stages, places=places, devices=devices)])
+    with serving(tmp_path, ANYWHERE, OPEN) as served, browser.page() as page:
+        page.shown(f"{served.url}#/container?container=c0&host=testhost")
+        assert table(page, "cpus") == [
+            ["vethc0", "egress", "0", "0", "3", "0.2", "0.2", "", ""],
+            ["vethc0", "egress", "0", "3", "1", "7.0", "7.0", "90.0", "90.0"],
+        ]
+        section = "document.querySelector('section[data-view=cpus]')"
+        assert "c0 egress: 92 % of the work for these packets runs on CPU 3" in page.js(f"{section}.innerText")
         quiet(page, served.url)
 
 

@@ -194,6 +194,7 @@
       { title: "Distributions, device by device", view: "distributions", asked: its, draw: mace.drawDistributions },
       { title: "Device by device, in the order of the path", view: "devices", asked: its, draw: drawDevices(asked) },
       { title: "Round trips of tools", view: "round_trips", asked: its, draw: drawRoundTrips, empty: (view) => !Object.keys(view.samples).length },
+      { title: "Which CPU does the work", view: "cpus", asked: its, draw: drawCpus, empty: (view) => !view.columns.cpu.length },
       { title: "Slowest packets", view: "packets", asked: { ...its, limit: 20 }, draw: drawPackets },
       { title: "Sources side by side", view: "sources", asked: its, draw: drawSources },
     ];
@@ -307,6 +308,26 @@
         ["tool", "destination", "figure", "samples", ...FIGURES.slice(1)],
         whole.map((row) => [name(row.tool), name(row.destination), { text: RTT[row.figure] || row.figure }, ...figures(row)]),
         "round trips",
+      ),
+    );
+  }
+
+  function drawCpus(place, view) {
+    const cpu = (of) => (of < 0 ? "?" : String(of));
+    const time = (ns) => (ns === null ? { text: "", kind: "number" } : number(ns, mace.us(ns)));
+    for (const sentence of view.sentences) place.append(node("p", {}, printable(sentence)));
+    place.append(
+      table(
+        ["device", "direction", "CPU that passed it on", "CPU that ran it", "packets", "run p50, µs", "run p99, µs", "wait p50, µs", "wait p99, µs"],
+        mace.rows(view).map((row) => [
+          name(row.device),
+          { text: row.direction },
+          number(row.cpu_queued, cpu(row.cpu_queued)),
+          number(row.cpu, cpu(row.cpu)),
+          number(row.count, mace.count(row.count)),
+          ...[row.run_p50_ns, row.run_p99_ns, row.wait_p50_ns, row.wait_p99_ns].map(time),
+        ]),
+        "stages",
       ),
     );
   }

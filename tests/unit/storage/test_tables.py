@@ -11,7 +11,8 @@ from contracts.hooks import Hook
 from contracts.schema import Delays, Direction, Grades, HookCost
 from contracts.topology import Sharer
 from contracts.windowtable import WindowTable
-from storage import tables
+from storage import tables, wide
+from storage.wide import fold
 from tests.made_results import HEADER, make_delays, make_results, make_stages, make_windows, topology
 from tests.made_trips import made_trips
 
@@ -51,6 +52,12 @@ def test_the_file_has_the_declared_types(table):
     rows = {
         "delays": lambda: tables.delays_table(HEADER, delays, topology()),
         "windows": lambda: tables.windows_table(HEADER, WindowTable.of(make_windows(delays)), topology()),
+        **{
+            table: lambda width_s=width_s: fold(
+                tables.windows_table(HEADER, WindowTable.of(make_windows(delays)), topology()), width_s
+            )
+            for width_s, table in wide.TABLES.items()
+        },
         "ledger": lambda: tables.ledger_table(
             [
                 tables.LedgerRow(
@@ -123,5 +130,5 @@ def test_names_are_dictionaries_and_times_are_deltas():
     assert "DELTA_BINARY_PACKED" in encodings["time"]
     assert "RLE_DICTIONARY" in encodings["container"]
     compressions = {group.column(i).path_in_schema: group.column(i).compression for i in range(group.num_columns)}
-    assert compressions.pop("time_remainder_ns") == "UNCOMPRESSED"
+    assert {compressions.pop(name) for name in ("time_remainder_ns", "delay_ns")} == {"UNCOMPRESSED"}
     assert set(compressions.values()) == {"ZSTD"}

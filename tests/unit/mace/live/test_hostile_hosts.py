@@ -197,7 +197,11 @@ def test_a_failing_engine_ends_its_hosts_run_only(driven, monkeypatch, caplog):
 
 def told(driven, host=EVIL):
     """Return the refusals for a host: stream, next, first, last, and whether they concern the clock."""
-    words = [word for each, word in driven.ingest._words() if each == host and word.refused is not None]
+    words = [
+        word
+        for each, word in driven.ingest._words(driven.ingest._brokers.all[0])
+        if each == host and word.refused is not None
+    ]
     return [
         (word.stream, word.next, word.refused.first, word.refused.last, word.refused.clock_utc_ns is not None)
         for word in words

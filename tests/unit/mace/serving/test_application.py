@@ -1,5 +1,6 @@
 """The page's server over a made store, asked over real connections."""
 
+import asyncio
 import csv
 import http.client
 import io
@@ -14,7 +15,9 @@ from urllib.parse import urlencode
 import pyarrow.parquet as pq
 import pytest
 
+from contracts.cpus import Measure, StagePlace
 from contracts.errors import StoreError, Unavailable
+from contracts.schema import Direction
 from mace.serving import reading as reading_module
 from mace.serving.access import Access
 from mace.serving.application import MOST_CONNECTIONS, POLICY
@@ -23,10 +26,12 @@ from mace.serving.server import serving
 from mace.shown import views
 from mace.shown.page.assets import ASSETS
 from mace.shown.views import Asked
-from tests.made_results import START_NS, make_delays, make_results, make_windows
+from storage import segments
+from storage.query import StoreReader
+from tests.made_results import START_NS, make_delays, make_results, make_stages, make_windows, with_rows
 from tests.made_trips import kept, made_trips
 from tests.measuring import wait_for
-from tests.unit.storage.stored import fill
+from tests.unit.storage.stored import BEGIN_NS, fill, write_run
 
 ANYWHERE = ("127.0.0.1", 0)
 OPEN = Access(frozenset({"localhost"}))
@@ -38,7 +43,9 @@ PAGE_BYTES = 300_000
 def path(tmp_path_factory):
     made = tmp_path_factory.mktemp("store")
     delays = make_delays(400, containers=2)
-    fill(made, [make_results(delays, containers=2, windows=make_windows(delays))])
+    results = make_results(delays, containers=2, windows=make_windows(delays))
+    stages, places = make_stages([(StagePlace(0, 0, 0, 0), Direction.EGRESS, Measure.RUN, [5, 9])])
+    fill(made, [with_rows(results, stages=stages, places=places)])
     kept(made, made_trips(container="c0"))
     return made
 
@@ -335,3 +342,34 @@ def test_closing_waits_for_the_query_that_runs(reader):
     assert left.is_set()
     with pytest.raises(Busy, match="closing"):
         reader.view("runs", Asked())
+
+
+@pytest.mark.slow
+def test_retention_may_remove_what_is_being_read(tmp_path):
+    """Every answer is of hours that were there at one moment: none is an error, and none shows an hour twice."""
+    asyncio.run(write_run(tmp_path / "store", "a", rows=True))
+    path = tmp_path / "store"
+    sizes = [each.stat().st_size for each in path.rglob("*.parquet")]
+    before = StoreReader(path).grouped(by=("direction",))
+    ended = threading.Event()
+    answers = []
+
+    def follow(port, name):
+        while not ended.is_set() or len(answers) < 20:
+            status, _, body = ask(port, f"/api/{name}")
+            answers.append((name, status, json.loads(body)))
+
+    with serving(path, ANYWHERE, OPEN) as page, ThreadPoolExecutor(3) as viewers:
+        asked = [viewers.submit(follow, page.port, name) for name in ("overview", "heat", "devices")]
+        wait_for(lambda: any(name == "overview" for name, *_ in answers), limit_s=60)
+        for share in (90, 70, 50, 30, 10, 1):
+            segments.retain(path, BEGIN_NS / 1e9 + 6 * 3600, None, sum(sizes) * share // 100)
+            count = len(answers)
+            wait_for(lambda count=count: len(answers) > count + 3, limit_s=60)
+        ended.set()
+        for each in asked:
+            each.result()
+    assert {status for _, status, _ in answers} == {200}
+    counted = [sum(body["columns"]["count"]) for name, _, body in answers if name == "overview"]
+    assert max(counted) == sum(each.count for each in before.values())
+    assert sum(each.count for each in StoreReader(path).grouped().values()) < max(counted)

@@ -14,6 +14,8 @@ from contracts.schema import Direction
 from mace.commands import report as command
 from mace.commands.console import Console
 from mace.commands.options import typed
+from mace.shown.views import Asked, view
+from storage.query import StoreReader
 from tests.durations import S
 from tests.made_results import START_NS, make_delays, make_results, make_stages, make_windows, with_rows
 from tests.unit.storage.stored import fill
@@ -204,3 +206,22 @@ def test_containers_without_a_name_are_named_by_their_namespace(tmp_path, capsys
         ("vethc0", "host", "c0"),
         ("br0", "host", "c0"),
     }
+
+
+def test_the_view_has_the_figures_of_the_report(store):
+    found = view(StoreReader(store), "cpus", Asked(container="c0"))
+    rows = found.table().to_pylist()
+    assert [(r["device"], r["direction"], r["cpu_queued"], r["cpu"], r["count"], r["moved"]) for r in rows] == [
+        ("eth0", "egress", 0, 0, 4, False),
+        ("vethc0", "egress", 0, 0, 3, False),
+        ("vethc0", "egress", 0, 1, 1, True),
+        ("br0", "ingress", 1, 1, 2, False),
+        ("eth0", "ingress", 1, 1, 2, False),
+    ]
+    assert [(r["run_p50_ns"], r["wait_p99_ns"]) for r in rows] == [
+        (100, None), (200, 10), (200, 90), (40, None), (None, 9),
+    ]  # fmt: skip
+    assert found.about["sentences"][0].startswith("c0 egress: 83 % of the work for these packets runs on CPU 0;")
+    nothing = view(StoreReader(store), "cpus", Asked(container="c9"))
+    assert nothing.table().schema == found.table().schema
+    assert len(nothing.table()) == 0

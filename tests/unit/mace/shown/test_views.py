@@ -17,7 +17,7 @@ from mace.shown.views import Asked, view
 from storage import segments, sql, tables
 from storage.query import Filter, StoreReader
 from tests import trace_processor
-from tests.made_results import START_NS, header, make_delays, make_results, make_windows, with_rows
+from tests.made_results import START_NS, header, make_delays, make_results, make_windows, topology, with_rows
 from tests.unit.storage.stored import fill
 
 PACKETS = 1000
@@ -286,8 +286,28 @@ def test_every_view_has_its_ledger_and_its_losses(name, tmp_path):
     assert about["losses"] == ["1,234 records were lost in the kernel's ring: the figures are without them."]
 
 
-# `tests/unit/storage/test_round_trips.py` has a store with round trips.
-@pytest.mark.parametrize("name", [name for name in views.VIEWS if name not in {"packet", "round_trips"}])
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "windows"])
+def test_the_overview_says_which_ingress_no_hook_shows(tmp_path, rows):
+    """It says what the report says, of all containers, without reading their distributions."""
+    delays = make_delays(400, containers=2, gap_ns=100_000_000)
+    devices = topology(2)
+    devices = (replace(devices[0], kind="macvlan"), *devices[1:])
+    egress = delays[(delays.direction == Direction.EGRESS) | (delays.device == 0)]
+    fill(tmp_path, [make_results(egress, devices=devices, windows=both_widths(egress))], rows=rows)
+    store = StoreReader(tmp_path)
+    told = view(store, "overview", Asked()).about["losses"]
+    assert told == store.summary().losses()
+    assert len(told) == 2
+    assert "is a macvlan" in told[0]
+    assert "was seen to receive 0" in told[1]
+
+
+def both_widths(delays):
+    return (*make_windows(delays), *make_windows(delays, 10))
+
+
+# `tests/unit/storage/test_round_trips.py` has a store with round trips, `test_cpus.py` one with stages.
+@pytest.mark.parametrize("name", [name for name in views.VIEWS if name not in {"packet", "round_trips", "cpus"}])
 def test_an_empty_view_has_the_same_columns_and_types(name, store):
     nothing = view(store, name, Asked(since="1000000000000000000", until="1000000000000000001"))
     full = view(store, name, Asked())

@@ -2,12 +2,13 @@ import asyncio
 import os
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from contracts.errors import SealError, StoreError
 from contracts.schema import Delays
 from mace import cli
-from storage import segments, tables
+from storage import embedded, segments, tables, wide
 from storage.embedded import EmbeddedStore
 from storage.query import StoreReader
 from storage.sealing import segments as sealed_segments
@@ -17,7 +18,7 @@ from storage.segments import HOUR_NS
 from tests.made_results import START_NS, header, make_delays, make_results
 from tests.places import ROOT
 from tests.sealing import new_key
-from tests.unit.storage.stored import fill
+from tests.unit.storage.stored import fill, write_run
 
 EXAMPLE = str(ROOT / "docs/example.mace")
 
@@ -328,3 +329,32 @@ def test_a_full_disk_loses_no_statement_in_silence(tmp_path, key, monkeypatch):
     assert not found.notes[0].startswith("the seal ends within a line")
     fill(root, [], run="run-2", seal=key)
     assert check(root).state == "intact"
+
+
+def test_wide_windows_are_sealed_too(tmp_path, key):
+    root = tmp_path / "store"
+    asyncio.run(write_run(root, "a", rows=False, seal=key))
+    found = check(root)
+    assert (found.state, found.findings) == ("intact", [])
+    pieces = files(root, wide.STANDING)
+    assert pieces
+    data = bytearray(pieces[0].read_bytes())
+    data[len(data) // 2] ^= 1
+    pieces[0].write_bytes(data)
+    assert told(check(root)) == [("altered", f"segment {pieces[0].relative_to(root)}")]
+
+
+def test_edited_windows_are_not_folded(tmp_path, key, monkeypatch):
+    """Wide windows of an edited segment would be sealed as if it were whole."""
+    root = tmp_path / "store"
+    with monkeypatch.context() as patch:
+        patch.setattr(embedded, "fold_windows", lambda *_, **__: 0)
+        asyncio.run(write_run(root, "a", rows=False, seal=key))
+    edited = files(root, "windows")[0]
+    table = pq.read_table(edited).slice(1)
+    edited.write_bytes(tables.encode(tables.grown(table, "windows"), "windows"))
+    hours = {each.hour for each in segments.listing(root, "windows")}
+    asyncio.run(write_run(root, "b", rows=False, seal=key, hours=1, begin_ns=(max(hours) + 1) * HOUR_NS))
+    about = [wide.About.of(each) for each in files(root, wide.STANDING)]
+    assert about
+    assert min(hours) not in set().union(*(each.hours for each in about))
