@@ -59,6 +59,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "replay_jobs": (),
     "dask_scaling": (),
     "serve": ("chromium",),
+    "serve_month": ("chromium",),
     "serve_cost": LAB,
     "pods_1000": (),
 }

@@ -60,7 +60,8 @@ def store(tmp_path):
 
 @pytest.mark.parametrize("table", segments.TABLES)
 def test_an_old_store_is_read_as_it_is(table):
-    assert rows_of(OLD, table) == EXPECTED[table]
+    # Wide windows are newer than stores of version 1.
+    assert rows_of(OLD, table) == EXPECTED.get(table, [])
 
 
 def test_an_old_store_is_checked_and_its_seal_verified():

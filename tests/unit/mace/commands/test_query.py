@@ -93,7 +93,7 @@ def test_tables_and_columns_are_listed(query):
         ("SELECT delay FROM delays", "did you mean 'delays'|did you mean 'delay_ns'"),
         ("SELECT contaner FROM delays", "did you mean 'container'"),
         ("FROM delay", "did you mean 'delays'"),
-        ("FROM nothing_like_it", "there are delays, windows, ledger, runs, cost"),
+        ("FROM nothing_like_it", "there are delays, windows, minutes, ten_minutes, hours, ledger, runs, cost"),
         ("SELEC 1", "syntax error"),
         ("SELECT 1; SELECT 2", "2 SQL statements"),
         ("", "0 SQL statements"),
