@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import time
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,11 @@ def _side_by_side(
 
 def _has_attached(pid: int) -> bool:
     """Return whether the process holds a BPF link; loading the programs takes seconds."""
-    return any("link_type" in path.read_text() for path in Path(f"/proc/{pid}/fdinfo").iterdir())
+    for path in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with suppress(FileNotFoundError):  # closed since
+            if "link_type" in path.read_text():
+                return True
+    return False
 
 
 def netdev_times() -> list[dict[str, Any]]:
