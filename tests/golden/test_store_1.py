@@ -70,6 +70,7 @@ def test_an_old_store_is_checked_and_its_seal_verified():
     assert (found.state, found.findings) == ("intact", [])
 
 
+@pytest.mark.slow
 def test_old_and_new_segments_in_one_query_and_in_one_segment(store, monkeypatch):
     delays = results().rows.delays
     fill(store, [results()], head=header("new"))

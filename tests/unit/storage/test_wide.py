@@ -16,6 +16,8 @@ from storage.segments import HOUR_NS, segment
 from tests.made_results import header
 from tests.unit.storage.stored import BEGIN_NS, write_run
 
+pytestmark = pytest.mark.slow
+
 NS = 1_000_000_000
 
 
