@@ -317,7 +317,9 @@ class BpfSource(RecordSource):
         assert self._session is not None
         self._add_late_cpus()
         rings = [cpu.ring for cpu in self._cpus.values() if cpu.ring is not None]
-        self._found(*(max(each, default=0.0) for each in ([r.waiting for r in rings], [r.fresh for r in rings])))
+        self._found(
+            max((ring.waiting for ring in rings), default=0.0), max((ring.fresh for ring in rings), default=0.0)
+        )
         begun_ns = time.monotonic_ns()
         fresh = {number: cpu.ring.take() for number, cpu in self._cpus.items() if cpu.ring is not None}
         # Read the counts after the rings: then they include every loss that a record reports.
