@@ -18,32 +18,11 @@ from typing import Final
 from collector.machine.cri import fields
 from collector.machine.grpc_calls import call
 from mace.lab import image
-from mace.lab.containerd import message
+from mace.lab.containerd import config_text, message
 from tests.measuring import wait_for
 
 PROGRAMS: Final = ("containerd", "containerd-shim-runc-v2", "ctr", "runc", "busybox")
 IMAGE: Final = "mace.test/pause:1"
-_CONFIG: Final = """
-version = 2
-root = "{0}/root"
-state = "{0}/state"
-[grpc]
-  address = "{0}/containerd.sock"
-[ttrpc]
-  address = "{0}/containerd.sock.ttrpc"
-[plugins."io.containerd.internal.v1.opt"]
-  path = "{0}/opt"
-[plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "{1}"
-  restrict_oom_score_adj = true
-  stream_server_address = "127.0.0.1"
-  stream_server_port = "0"
-  [plugins."io.containerd.grpc.v1.cri".containerd]
-    snapshotter = "native"
-  [plugins."io.containerd.grpc.v1.cri".cni]
-    conf_dir = "{0}/cni"
-    bin_dir = "{0}/cni"
-"""
 _PLUGIN: Final = """#!/bin/sh
 test "$CNI_COMMAND" = DEL || cat <<END
 {"cniVersion": "0.4.0", "interfaces": [{"name": "$CNI_IFNAME", "sandbox": "$CNI_NETNS"}],
@@ -112,7 +91,7 @@ def running(place: Path, netns: str) -> Iterator[Containerd]:
         (place / "cni" / plugin).write_text(_PLUGIN, encoding="utf-8")
         (place / "cni" / plugin).chmod(0o755)
     (place / "cni/none.conflist").write_text(_NETWORK, encoding="utf-8")
-    (place / "config.toml").write_text(_CONFIG.format(place, IMAGE), encoding="utf-8")
+    (place / "config.toml").write_text(config_text(place, IMAGE, place / "cni", str(place / "cni")), encoding="utf-8")
     (place / "image.tar").write_bytes(image.saved(IMAGE))
     log = (place / "containerd.log").open("wb")
     argv = ["nsenter", f"--net=/run/netns/{netns}", "containerd", "--config", str(place / "config.toml")]

@@ -51,9 +51,17 @@ stream_server_port = "0"
 [plugins."io.containerd.grpc.v1.cri".containerd]
 snapshotter = "native"
 [plugins."io.containerd.grpc.v1.cri".cni]
-conf_dir = "{directory}/networks"
+conf_dir = "{networks}"
 bin_dir = "{plugins}"
 """
+
+
+def config_text(directory: Path, image_name: str, networks: Path, plugins: str) -> str:
+    """Return the configuration of a containerd whose files are all in `directory`.
+
+    `networks` is the folder of CNI configurations, `plugins` the folder of CNI plugins.
+    """
+    return _CONFIG.format(directory=directory, image=image_name, networks=networks, plugins=plugins)
 
 
 def network_text(spec: Spec) -> str:
@@ -79,10 +87,11 @@ def socket_of(record: State) -> Path:
 def start(record: State) -> None:
     """Start containerd and import the image. Raises `LabError`."""
     directory, network = record.directory, cni_list.parse(network_text(record.spec))
-    (directory / "networks").mkdir(mode=0o700, parents=True, exist_ok=True)
-    (directory / "networks/pods.conflist").write_text(network.whole(cni.directory(record)))
+    networks = directory / "networks"
+    networks.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (networks / "pods.conflist").write_text(network.whole(cni.directory(record)))
     plugins = cni.plugin_directory(cni.plugin_path(), network)
-    (directory / "containerd.toml").write_text(_CONFIG.format(directory=directory, image=_IMAGE, plugins=plugins))
+    (directory / "containerd.toml").write_text(config_text(directory, _IMAGE, networks, plugins))
     (directory / "image.tar").write_bytes(image.saved(_IMAGE))
     daemon = holder.hold(record, COVERED, _SCRIPT)
     deadline = time.monotonic() + _READY_LIMIT_S
