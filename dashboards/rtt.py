@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from grafana_foundation_sdk.builders import dashboard as build
+from grafana_foundation_sdk.builders import timeseries
 
 from dashboards.panels import dashboard, ledger, lines, losses, rows
 from dashboards.query import select
@@ -55,58 +56,25 @@ def make() -> build.Dashboard:
     )
     for quantile, percent in (("Median", 50), ("99th percentile", 99)):
         made.with_panel(
-            lines(
+            _over_time(
                 f"{quantile} of tool, host and NIC",
                 f"{_SAMPLES} {_HOST} Each point covers the round trips that began in the step.",
-                [
-                    select(
-                        {name: f'percentile("{field}", {percent})' for name, field in _RTTS.items()},
-                        "rtt",
-                        chosen=_CHOSEN,
-                        tags=("host", "container", "tool"),
-                        every=True,
-                        reason="paired",
-                    )
-                ],
-                unit="ns",
-                alias="$tag_container $tag_tool $col",
+                {name: f'percentile("{field}", {percent})' for name, field in _RTTS.items()},
             )
         )
     made.with_panel(
-        lines(
+        _over_time(
             "Overhead of request and response",
             "Medians of the delay that the container's devices added on the way out and on the way in.",
-            [
-                select(
-                    {"egress": 'percentile("egress_ns", 50)', "ingress": 'percentile("ingress_ns", 50)'},
-                    "rtt",
-                    chosen=_CHOSEN,
-                    tags=("host", "container", "tool"),
-                    every=True,
-                    reason="paired",
-                )
-            ],
-            unit="ns",
-            alias="$tag_container $tag_tool $col",
+            {"egress": 'percentile("egress_ns", 50)', "ingress": 'percentile("ingress_ns", 50)'},
         )
     )
     made.with_panel(
-        lines(
+        _over_time(
             "Waiting for a CPU",
             "The temporal error: the part of a round trip in which the tool was ready, but no CPU ran it. It is there"
             " where mace ping or mace wrap could follow the tool's tasks.",
-            [
-                select(
-                    {name: f'percentile("temporal_error_ns", {share})' for name, share in (("p50", 50), ("p99", 99))},
-                    "rtt",
-                    chosen=_CHOSEN,
-                    tags=("host", "container", "tool"),
-                    every=True,
-                    reason="paired",
-                )
-            ],
-            unit="ns",
-            alias="$tag_container $tag_tool $col",
+            {name: f'percentile("temporal_error_ns", {share})' for name, share in (("p50", 50), ("p99", 99))},
         )
     )
     made.with_panel(
@@ -121,3 +89,9 @@ def make() -> build.Dashboard:
     )
     made.with_panel(losses(_CHOSEN))
     return made
+
+
+def _over_time(title: str, meaning: str, columns: dict[str, str]) -> timeseries.Panel:
+    """Return a panel with these columns of the paired round trips, for each container and tool."""
+    chosen = select(columns, "rtt", chosen=_CHOSEN, tags=("host", "container", "tool"), every=True, reason="paired")
+    return lines(title, meaning, [chosen], unit="ns", alias="$tag_container $tag_tool $col")
