@@ -543,7 +543,7 @@ class EmbeddedStore:
             table, hour = self._put_in.popleft()
             self._unmerged[table].add(hour)
             if table == "windows" and self._unfolded is not None:
-                self._unfolded.add(hour // segments.DAY_HOURS * segments.DAY_HOURS)
+                self._unfolded.add(segments.first_hour_of_day(hour))
         for table, hours in self._unmerged.items():
             if not hours:
                 continue
@@ -602,7 +602,7 @@ class EmbeddedStore:
         # The newest day grows on, and is joined when it has ended.
         self._unfolded |= {day for day in (days or ()) if day + segments.DAY_HOURS > newest}
         if newest != NO_HOUR:
-            self._unfolded.add(newest // segments.DAY_HOURS * segments.DAY_HOURS)
+            self._unfolded.add(segments.first_hour_of_day(newest))
 
     def _merge(self, group: list[SegmentFile]) -> None:
         first, last = group[0], group[-1]

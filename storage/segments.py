@@ -84,6 +84,11 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _HOURS: Final = range(int((datetime(9999, 12, 31, 23, tzinfo=UTC) - _EPOCH) / timedelta(hours=1)) + 1)
 
 
+def first_hour_of_day(hour: int) -> int:
+    """Return the first hour of an hour's day; both are hours since 1970-01-01 UTC."""
+    return hour // DAY_HOURS * DAY_HOURS
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class SegmentFile:
     """One Parquet file of a store, as its name describes it."""
@@ -438,7 +443,7 @@ def retain(
     stays = {hour for hour in come if present <= hour <= present + HOURS_AHEAD} or set(come[-1:])
     removed, gone = Removed(), set[int]()
     # What was made while the last hour of its day was removed.
-    for day in daily.keys() - {hour // DAY_HOURS * DAY_HOURS for hour in hours}:
+    for day in daily.keys() - {first_hour_of_day(hour) for hour in hours}:
         for each, size in daily.pop(day):
             if before is not None:
                 before([each], "age")
@@ -451,7 +456,7 @@ def retain(
         large = max_bytes is not None and total > max_bytes
         if not (old or large):
             continue
-        day = hour // DAY_HOURS * DAY_HOURS
+        day = first_hour_of_day(hour)
         gone.add(hour)
         last = all(each in gone for each in hours if day <= each < day + DAY_HOURS)
         away = [*hours[hour], *(daily.pop(day, []) if last else [])]

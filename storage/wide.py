@@ -35,7 +35,7 @@ from contracts.histogram import BINS, quantiles_of_each
 from contracts.windowtable import FIGURES
 from storage import checksum, tables
 from storage.ownership import open_new
-from storage.segments import DAY_HOURS, SegmentFile
+from storage.segments import DAY_HOURS, SegmentFile, first_hour_of_day
 
 TABLES: Final = {60: "minutes", 600: "ten_minutes", 3600: "hours"}
 """Tables by the width of their windows in s, each a multiple of the one before, in the order of writing.
@@ -114,7 +114,7 @@ class About:
 
 def day_of(segment: SegmentFile) -> int:
     """Return the first hour of a segment's day."""
-    return segment.hour // DAY_HOURS * DAY_HOURS
+    return first_hour_of_day(segment.hour)
 
 
 @dataclass(slots=True)
