@@ -12,7 +12,8 @@ from typing import Final
 import numpy as np
 
 from contracts.arrays import U64, Bytes, Ints
-from contracts.records import Batch, Flag
+from contracts.protocols import ESP, UDP, UDPLITE
+from contracts.records import Batch, Content, Flag
 from correlator.identity import CODE_BITS, OTHER_CONTENT
 from correlator.numbers import GRO, QUEUE, RECEIVE_SKB, XMIT
 
@@ -31,13 +32,37 @@ def keys(batch: Batch) -> U64 | None:
 
 
 def traits(batch: Batch) -> Bytes | None:
-    """Return each record's `contracts.records.Flag`s and `SEGMENTS`, uint8; None if the source reads no packets."""
-    if batch.content is None:
+    """Return each record's `contracts.records.Flag`s and `SEGMENTS`, uint8; None if the source reads no packets.
+
+    `Flag.KEY` stays only where the key can join two buffers (`_alike` tells where it cannot).
+    """
+    told = batch.content
+    if told is None:
         return None
-    if not batch.gso_segs.any():
-        return batch.content.flags
-    several: Bytes = batch.content.flags | ((batch.gso_segs > 1) * np.uint8(SEGMENTS))
-    return several
+    flags = told.flags
+    if batch.gso_segs.any():
+        flags = flags | ((batch.gso_segs > 1) * np.uint8(SEGMENTS))
+    alike = _alike(told)
+    if len(alike):
+        flags = flags.copy()
+        flags[alike] &= np.uint8(0xFF ^ Flag.KEY)
+    return flags
+
+
+def _alike(told: Content) -> Ints:
+    """Return the indices of packets without a number of their own, which several senders may send alike.
+
+    An IPv4 identification, an echo's sequence number, those of TCP, ESP and SCTP, and a fragment's identification are
+    such numbers. A datagram counts as numbered by its payload, except between equal ports: mDNS, for example, has one
+    question for all who ask. A tunnel's key is the inner packet's, of which nothing else is known.
+    """
+    of = np.flatnonzero((told.ip_id == 0) & (told.ip_version != 0))
+    flags, proto = told.flags[of], told.l4_proto[of]
+    numbered = (flags & (Flag.FRAGMENT | Flag.TUNNEL) != 0) | (proto == ESP)
+    datagram = (proto == UDP) | (proto == UDPLITE)
+    one_port = datagram & (told.l4_src[of] == told.l4_dst[of])
+    alike: Ints = of[~numbered & ((flags & Flag.FLOW == 0) | one_port)]
+    return alike
 
 
 def flows(batch: Batch) -> tuple[U64 | None, Bytes | None]:

@@ -70,7 +70,9 @@ same key. A fragment that was reassembled and cut again, or a packet that was co
 lives must be the only candidates: if within `link_ns` another life with that key ends or begins there (a bridge that
 floods, packets of two containers with equal content, repeated acknowledgements), nothing is joined, and each life that
 ended counts as *ambiguous*. Nor are lives joined across lost records, which may have been of another candidate, or
-between devices between which no packet passes. If the source has no keys, no lives are joined.
+between devices between which no packet passes. Nor are packets without a number of their own, such as a report of
+multicast groups, which every sender sends alike (`correlator.content.traits`): the other candidate may be hidden, by a
+filter in the kernel for example. If the source has no keys, no lives are joined.
 
 Two packets with the same key in one buffer, in immediate succession on a path that one packet could have taken, are not
 distinguished. Repeated acknowledgements without payload (IPv6, or IPv4 with identification 0) can be such packets.

@@ -27,13 +27,23 @@ class Life:
     keyed: int = 0
     other_content: bool = False
     no_buffer: bool = False  # the source has no buffer addresses: the key stands for the buffer
-    placed: list = field(default_factory=list)  # (ts, hook, dev, key) of the records on a device
+    placed: list = field(default_factory=list)  # (ts, hook, dev, key or 0 if it joins no buffers), on a device
     grade: str = ""
     repeats: int = 0  # records in no hop, which repeat the one before
 
     @property
     def size(self):
         return sum(len(records) for _, records in self.hops) + len(self.rest) + self.repeats
+
+
+def alike(read, i):
+    """Return whether several senders may send a packet with this key."""
+    flags, proto = int(read.flags[i]), int(read.l4_proto[i])
+    if not read.ip_version[i] or read.ip_id[i] or flags & (Flag.FRAGMENT | Flag.TUNNEL) or proto == 50:
+        return False
+    if proto in (17, 136) and read.l4_src[i] == read.l4_dst[i]:
+        return True
+    return not flags & Flag.FLOW
 
 
 class Reference:
@@ -57,7 +67,8 @@ class Reference:
             read = batch.content
             key, flags = (int(read.packet_key[i]), int(read.flags[i])) if read is not None else (0, 0)
             dev = int(batch.dev[i]) if BY_HOOK[hook].has_device else 0
-            record = (ts, hook, dev, int(batch.l3_len[i]), key, flags, int(batch.gso_segs[i]))
+            joins = bool(key) and not alike(read, i)
+            record = (ts, hook, dev, int(batch.l3_len[i]), key, flags, int(batch.gso_segs[i]), joins)
             life = self.open.get(skb)
             if life is not None and not (self.follows(life.last, record) and self.same_packet(life, record)):
                 self.close(self.open.pop(skb), next_ts=ts)
@@ -120,7 +131,7 @@ class Reference:
         return False
 
     def explained(self, before, now):
-        (_, hook, dev, *_, flags, segs), (_, hook2, dev2, *_, flags2, segs2) = before, now
+        (_, hook, dev, *_, flags, segs, _), (_, hook2, dev2, *_, flags2, segs2, _) = before, now
         if (hook, hook2) == (G, R) and segs2 > 1:
             return True
         if (hook, hook2) == (Q, X) and segs > 1 >= segs2:
@@ -134,7 +145,7 @@ class Reference:
         return tunnel.kind == "vxlan" and not (outer & Flag.TUNNEL and not inner & Flag.TUNNEL)
 
     def append(self, life, record):
-        ts, hook, dev, _, key, *_ = record
+        ts, hook, dev, _, key, *_, joins = record
         life.key, life.keyed = key or life.key, life.keyed + bool(key)
         if BY_HOOK[hook].has_device:
             same = bool(life.hops) and life.last[2] == dev and not self.leaves(life.last, record)
@@ -144,7 +155,7 @@ class Reference:
             life.repeats += repeats
             if not repeats:
                 life.hops[-1][1].append((ts, hook))
-            life.placed.append((ts, hook, dev, key))
+            life.placed.append((ts, hook, dev, key if joins else 0))
         else:
             life.rest.append((ts, hook))
         life.last = record

@@ -54,14 +54,16 @@ class Tape:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def add(self, ts, hook, name="", skb=1, length=84, cpu=0, reason=0, key=0, flags=0, segs=0):
+    def add(self, ts, hook, name="", skb=1, length=84, cpu=0, reason=0, key=0, flags=0, segs=0, proto=0):
         copied = 0 if hook in (c, k) else length
-        self.rows.append((ts, len(self.rows), int(hook), CODE[name], skb, copied, cpu, reason, key, flags, segs))
+        content = key, flags, segs, proto
+        self.rows.append((ts, len(self.rows), int(hook), CODE[name], skb, copied, cpu, reason, *content))
 
-    def packet(self, path, ts, *, skb=1, step=100, length=84, cpu=0, n=1, reason=0, key=0, flags=0, segs=0):
+    def packet(self, path, ts, *, skb=1, step=100, length=84, cpu=0, n=1, reason=0, key=0, flags=0, segs=0, proto=0):
         """Add the records of one packet, `step` ns apart (or at the listed offsets), and return the time of the last.
 
-        `key`, `flags` and `segs` are one value for all records, or a list with a value for each.
+        `key`, `flags` and `segs` are one value for all records, or a list with a value for each. A packet with a
+        `proto` is of IPv6, without identification.
         """
         words = path.format(n=n).split()
         content = [[one] * len(words) if isinstance(one, int) else one for one in (key, flags, segs)]
@@ -70,22 +72,23 @@ class Tape:
             at = ts + (i * step if isinstance(step, int) else step[i])
             own = length - 28 if letter == "D" else length
             told = [one[i] for one in content]
-            self.add(at, LETTERS[letter], name, skb, own, cpu, reason if letter == "k" else 0, *told)
+            self.add(at, LETTERS[letter], name, skb, own, cpu, reason if letter == "k" else 0, *told, proto)
         return at
 
     def gap(self, start, end, lost=1, cpu=0):
-        self.rows.append((start, -1, int(Hook.LOST), 0, end, lost, cpu, 0, 0, 0, 0))
+        self.rows.append((start, -1, int(Hook.LOST), 0, end, lost, cpu, 0, 0, 0, 0, 0))
 
     def batch(self):
         """Return all records as one batch, with content if a record has some."""
         rows = sorted(self.rows)
         if not rows:
             return Batch.empty()
-        ts, _, hook, dev, skb, length, cpu, reason, key, flags, segs = (
+        ts, _, hook, dev, skb, length, cpu, reason, key, flags, segs, proto = (
             np.array(column) for column in zip(*rows, strict=True)
         )
         content = None
         if key.any() or flags.any():
-            content = Content.of(len(rows), packet_key=key, flags=flags | np.where(key, Flag.KEY, 0))
+            told = {"ip_version": np.where(proto, 6, 0), "l4_proto": proto}
+            content = Content.of(len(rows), packet_key=key, flags=flags | np.where(key, Flag.KEY, 0), **told)
         columns = {"ts_ns": ts, "hook": hook, "dev": dev, "skb_id": skb, "l3_len": length, "cpu": cpu}
         return Batch.of(len(rows), content, **columns, drop_reason=reason, gso_segs=segs)

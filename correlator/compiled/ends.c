@@ -193,6 +193,7 @@ int life_ended(struct joiner *j, uint32_t which, bool freed, bool expired, bool 
 {
 	struct life *life = &j->lives[which];
 	const struct shape *shape;
+	const struct record *end;
 
 	if (life->count == 1) {
 		j->counts[freed ? UNMATCHED : expired ? EXPIRED : left ? LEFT : UNMATCHED]++;
@@ -204,7 +205,8 @@ int life_ended(struct joiner *j, uint32_t which, bool freed, bool expired, bool 
 	shape = shape_of(j, life);
 	if (!shape)
 		return -1;
-	if (shape->flags & (SHAPE_TAIL | SHAPE_HEAD) && life->records[shape->end].key)
+	end = &life->records[shape->end];
+	if (shape->flags & (SHAPE_TAIL | SHAPE_HEAD) && end->key && end->trait & TRAIT_JOINS)
 		return loose_add(j, which, shape->end, shape->flags & SHAPE_HEAD, shape);
 	if (measure(j, life, shape))
 		return -1;

@@ -33,6 +33,9 @@
 #define HOOK_REASON 8 /* `reason` takes the place of the length */
 #define HOOK_MARKER 16 /* no record */
 
+/* Bit of a record's trait, as in correlator/content.py: its key can join two buffers. */
+#define TRAIT_JOINS 1
+
 /* Device numbers, as in correlator/hops.py; records hold them plus 2. */
 #define UNKNOWN (-1)
 #define DISAGREE (-2)

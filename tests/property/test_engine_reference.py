@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from collector.merge import Merger
+from contracts.protocols import ESP, ICMPV6, UDP
 from contracts.records import Batch, Content, Flag
 from contracts.results import Results, Rows
 from contracts.schema import Delays, Direction, Grade, Segment
@@ -69,6 +70,9 @@ def resolved():
     return {code: by_name.get(name, Device(0, 0, name, "unknown")) for code, name in enumerate(NAMES)}
 
 
+PROTOCOLS = st.sampled_from([0, 0, 0, ICMPV6, UDP, ESP])
+
+
 @st.composite
 def tapes(draw):
     """Draw overlapping packets in few buffers, some of them cut short or with missing records, and gaps.
@@ -92,7 +96,7 @@ def tapes(draw):
         several = draw(st.integers(0, count))
         segs = [2] * several + [0] * (count - several)
         told = draw(st.lists(flags, min_size=count, max_size=count)) if draw(st.booleans()) else [0] * count
-        return {"key": keys, "flags": told, "segs": segs if draw(st.booleans()) else segs[::-1]}
+        return {"key": keys, "flags": told, "segs": segs if draw(st.booleans()) else segs[::-1], "proto": draw(PROTOCOLS)}
 
     for _ in range(draw(st.integers(0, 12))):
         words = draw(st.sampled_from(PATHS)).format(n=1).split()
@@ -114,7 +118,7 @@ def tapes(draw):
             draw(st.sampled_from(NAMES[1:])),
             draw(st.integers(1, 4)),
             draw(st.sampled_from([0, 52, 56, 84])),
-            **{name: values[0] for name, values in content(1).items()},
+            **{name: values if name == "proto" else values[0] for name, values in content(1).items()},
         )
     for _ in range(draw(st.integers(0, 2))):
         start = draw(st.integers(0, 60_000))
@@ -131,7 +135,8 @@ def continued(draw):
         key = draw(st.integers(1, 8))
         keys = [key if draw(st.integers(0, 15)) else 0 for _ in words]
         tape.packet(
-            " ".join(words), draw(st.integers(0, 60)) * 500, skb=skb, step=draw(st.sampled_from([1, 100])), key=keys
+            *(" ".join(words), draw(st.integers(0, 60)) * 500),
+            **{"skb": skb, "step": draw(st.sampled_from([1, 100])), "key": keys, "proto": draw(PROTOCOLS)},
         )
     if draw(st.booleans()):
         start = draw(st.integers(0, 30_000))

@@ -1,8 +1,12 @@
 """Packets that continue in another buffer: which lives are joined by content, and which are not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from contracts.protocols import ESP, GRE, ICMPV6, IGMP, TCP, UDP
+from contracts.records import Content, Flag
 from contracts.schema import Delays, Direction, Grade, Outcome, Segment
 from correlator.engine import Engine, EngineConfig
 from tests.traffic import Tape, topology
@@ -112,6 +116,46 @@ def test_lives_that_are_no_continuation(what, path, key, after):
     tape.packet(OUT, 10_000, skb=1, key=7)
     tape.packet(path, 10_000 + after, skb=2, key=key)
     assert Grade.CONTENT not in correlate(tape)[0].grade, what
+
+
+def report(**told):
+    """Return the wholes of a packet that came in and of one that a bridge copies to a container 96 ms later."""
+    tape = Tape()
+    tape.packet(IN, 0, skb=1, key=7, length=96)
+    tape.packet("Q:veth1 X:veth1 r:eth0 R:eth0", 96_000, skb=2, key=7, length=96)
+    batch = tape.batch()
+    told = {"flags": Flag.KEY, **told}
+    columns = {name: np.full(len(batch), value) for name, value in told.items()}
+    content = Content.of(len(batch), packet_key=batch.content.packet_key, **columns)
+    engine = Engine(0, EngineConfig(link_ns=200_000, timeout_ns=100_000))
+    results = [*engine.feed(topology()), *engine.feed(replace(batch, content=content)), engine.finish()]
+    assert results[-1].totals.ledger.imbalance == 0
+    return wholes(Delays.concatenate([result.rows.delays for result in results]))
+
+
+FLOW = Flag.KEY | Flag.FLOW
+MDNS = {"l4_proto": UDP, "flags": FLOW, "l4_src": 5353, "l4_dst": 5353}
+
+
+@pytest.mark.parametrize(
+    ("told", "linked"),
+    [
+        pytest.param({"ip_version": 6, "l4_proto": ICMPV6, "l4_bits": 143}, False, id="a report of multicast groups"),
+        pytest.param({"ip_version": 4, "l4_proto": IGMP}, False, id="one of IPv4"),
+        pytest.param({"ip_version": 4, "l4_proto": IGMP, "ip_id": 9}, True, id="one with an identification"),
+        pytest.param({"ip_version": 6, **MDNS}, False, id="a question of mDNS"),
+        pytest.param({"ip_version": 4, **MDNS}, False, id="one of IPv4, without identification"),
+        pytest.param({"ip_version": 6, **MDNS, "l4_src": 40_000}, True, id="a datagram"),
+        pytest.param({"ip_version": 6, "l4_proto": TCP, "flags": FLOW}, True, id="a segment"),
+        pytest.param({"ip_version": 6, "l4_proto": ICMPV6, "l4_bits": 128, "flags": FLOW}, True, id="an echo"),
+        pytest.param({"ip_version": 6, "l4_proto": ESP}, True, id="an encrypted packet"),
+        pytest.param({"ip_version": 6, "l4_proto": GRE, "flags": Flag.KEY | Flag.TUNNEL}, True, id="a tunnel"),
+        pytest.param({"ip_version": 6, "l4_proto": UDP, "flags": Flag.KEY | Flag.FRAGMENT}, True, id="a fragment"),
+        pytest.param({}, True, id="not IP"),
+    ],
+)
+def test_what_any_sender_may_send_alike_is_not_linked(told, linked):
+    assert report(**told).delay_ns.tolist() == [96_000] * linked
 
 
 def test_nothing_is_linked_across_lost_records():
