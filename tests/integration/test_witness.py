@@ -1,21 +1,22 @@
-"""Independent witnesses of the same packets: bpftrace and perf compute the same delays from the same tracepoints.
+"""Independent witnesses of the same packets: bpftrace and perf stamp them at the same tracepoints.
 
-Counts are equal. Medians are not equal to the nanosecond: the probes of a tracepoint run one after the other, so that
-at each hook the second observer's time is later by the cost of the first observer's probe (0.2 µs for ftrace, 0.3 for
-bpftrace, 0.9 for perf). If the costs at both ends of a delay are equal, they cancel out: ingress medians agreed within
-0.16 µs. On egress the first hook runs with cold caches if packets are rare, which delays the second observer more:
-0.5 µs at 500 packets/s, and 1.5 to 6.2 µs, at most 12 % of the delay, at 100 packets/s. The bound is therefore 1 µs or
-a quarter of the delay, whichever is more. A wrong device or a wrong pair would be off by a whole crossing or interval.
+The probes of a tracepoint run one after the other, in the order in which they were attached: at each hook first ftrace's
+and then the witness's. How much later the witness stamps a packet depends on its own cost and on cold caches (0.2 to 6
+µs), so that two observers' delays differ; but the witness's stamp of a packet at one hook lies between MACE's there and
+MACE's at the next hook. A wrong device, a wrong pair or a delay that is off by more than the witness is late would break
+this order. Between MACE's own stamps and its delays there is no difference at all.
 """
 
 import re
-import statistics
 import subprocess
 import time
 
+import numpy as np
 import pytest
 
+from collector.files import FileOptions, recording
 from contracts.hooks import Hook
+from contracts.records import Batch
 from mace.lab import Spec, running
 from tests.golden_perfetto import replayed
 from tests.measuring import measured, wait_for
@@ -27,14 +28,28 @@ SIZE = 1217
 """Payload of the pings; their length on each device tells them from all other traffic."""
 
 
-def agree(ours, theirs):
-    """Compare two arrays of delays in the order of the packets, ns."""
-    assert len(ours) == len(theirs) == COUNT
-    a, b = statistics.median(ours), statistics.median(theirs)
-    bound = max(1_000, min(a, b) / 4)
-    assert abs(a - b) <= bound, f"medians: ours {a} ns, theirs {b} ns"
-    # Packet by packet, so that medians of different packets cannot agree by chance.
-    assert statistics.median(abs(x - y) for x, y in zip(ours, theirs, strict=True)) <= bound
+def stamps(capture, hook, device, length):
+    """Return the times of a recording's packets of one length at a hook of a device, int64, ns of CLOCK_MONOTONIC."""
+    with recording(capture, FileOptions()).reader() as reader:
+        topologies, batches = [], []
+        for item in reader.items():
+            (batches if isinstance(item, Batch) else topologies).append(item)
+    batch = Batch.concatenate(batches)
+    names = [sighting.name for sighting in topologies[-1].sightings]
+    at = np.array([name == device for name in names])[batch.dev]
+    return batch.ts_ns[(batch.hook == hook) & at & (batch.l3_len == length)]
+
+
+def agree(measurement, direction, outer, begun, ended):
+    """Compare MACE's delays of a direction with a witness's stamps (ns) at the first and the last hook of each."""
+    hook = Hook.NET_DEV_QUEUE if direction == "egress" else Hook.NETIF_RECEIVE_SKB
+    first, last = ("eth0", outer) if direction == "egress" else (outer, "eth0")
+    begin, end = (stamps(measurement.capture, hook, device, SIZE + 28) for device in (first, last))
+    assert len(begin) == len(end) == len(begun) == len(ended) == COUNT
+    assert overheads(measurement, direction) == (end - begin).tolist()
+    for ours, theirs, later in ((begin, begun, end), (end, ended, np.append(begin[1:], np.iinfo(np.int64).max))):
+        assert (ours <= theirs).all(), f"earlier by up to {(ours - theirs).max()} ns"
+        assert (theirs < later).all(), f"later by up to {(theirs - later).max()} ns"
 
 
 def overheads(measurement, direction):
@@ -50,12 +65,10 @@ def test_bpftrace(tmp_path, interval_s):
         tx, rx, outer = SIZE + 42, SIZE + 28, lab.outer_device
         name = _name_argument()
         program = f"""
-tracepoint:net:net_dev_queue /args->len == {tx} && {name} == "eth0"/ {{ @egress[args->skbaddr] = nsecs; }}
-tracepoint:net:net_dev_queue /args->len == {tx} && {name} == "{outer}" && @egress[args->skbaddr]/ {{
-  printf("egress %lu\\n", nsecs - @egress[args->skbaddr]); delete(@egress[args->skbaddr]); }}
-tracepoint:net:netif_receive_skb /args->len == {rx} && {name} == "{outer}"/ {{ @ingress[args->skbaddr] = nsecs; }}
-tracepoint:net:netif_receive_skb /args->len == {rx} && {name} == "eth0" && @ingress[args->skbaddr]/ {{
-  printf("ingress %lu\\n", nsecs - @ingress[args->skbaddr]); delete(@ingress[args->skbaddr]); }}
+tracepoint:net:net_dev_queue /args->len == {tx} && {name} == "eth0"/ {{ printf("egress begin %lu\\n", nsecs); }}
+tracepoint:net:net_dev_queue /args->len == {tx} && {name} == "{outer}"/ {{ printf("egress end %lu\\n", nsecs); }}
+tracepoint:net:netif_receive_skb /args->len == {rx} && {name} == "{outer}"/ {{ printf("ingress begin %lu\\n", nsecs); }}
+tracepoint:net:netif_receive_skb /args->len == {rx} && {name} == "eth0"/ {{ printf("ingress end %lu\\n", nsecs); }}
 interval:ms:100 {{ printf("on\\n"); }}
 """
         said = tmp_path / "bpftrace.txt"
@@ -72,9 +85,23 @@ interval:ms:100 {{ printf("on\\n"); }}
             finally:
                 witness.terminate()
                 witness.wait(timeout=30)
-        text = said.read_text()
+        text, offset = said.read_text(), boot_offset_ns()
     for direction in ("egress", "ingress"):
-        agree(overheads(measurement, direction), [int(n) for n in re.findall(rf"^{direction} (\d+)", text, re.M)])
+        begun, ended = (
+            np.array(sorted(map(int, re.findall(rf"^{direction} {which} (\d+)", text, re.M)))) - offset
+            for which in ("begin", "end")
+        )
+        agree(measurement, direction, outer, begun, ended)
+
+
+def boot_offset_ns():
+    """Return how far CLOCK_BOOTTIME, which is bpftrace's `nsecs`, is ahead of CLOCK_MONOTONIC."""
+    read, clocks = time.clock_gettime_ns, (time.CLOCK_MONOTONIC, time.CLOCK_BOOTTIME, time.CLOCK_MONOTONIC)
+    _, offset = min(
+        (after - before, boot - (before + after) // 2)
+        for before, boot, after in ([read(clock) for clock in clocks] for _ in range(100))
+    )
+    return offset
 
 
 def _name_argument():
@@ -106,19 +133,16 @@ def test_perf_script(tmp_path):
                 witness.communicate(timeout=60)
     script = ["perf", "script", "--ns", "-i", data, "-F", "time,event,trace"]
     text = subprocess.run(script, capture_output=True, text=True, check=True).stdout
-    line = re.compile(r"(\d+)\.(\d{9}):\s+(\S+?):\s+dev=(\S+) skbaddr=(\S+) len=(\d+)")
-    began, found = {}, {"egress": [], "ingress": []}
-    for seconds, fraction, event, device, skb, length in line.findall(text):
-        ts, queued = int(seconds + fraction), event.endswith("net_dev_queue")
-        if int(length) != SIZE + (42 if queued else 28):
-            continue
-        direction = "egress" if queued else "ingress"
-        if device == ("eth0" if queued else outer):
-            began[skb] = ts
-        elif device == (outer if queued else "eth0") and skb in began:
-            found[direction].append(ts - began.pop(skb))
-    for direction, theirs in found.items():
-        agree(overheads(measurement, direction), theirs)
+    line = re.compile(r"(\d+)\.(\d{9}):\s+(\S+?):\s+dev=(\S+) skbaddr=\S+ len=(\d+)")
+    found = {}
+    for seconds, fraction, event, device, length in line.findall(text):
+        if int(length) == SIZE + (42 if event.endswith("net_dev_queue") else 28):
+            found.setdefault((event.split(":")[-1], device), []).append(int(seconds + fraction))
+    for direction, event, devices in (
+        ("egress", "net_dev_queue", ("eth0", outer)),
+        ("ingress", "netif_receive_skb", (outer, "eth0")),
+    ):
+        agree(measurement, direction, outer, *(np.array(sorted(found[event, device])) for device in devices))
     # The default output of perf script replays to the same events at the same times.
     plain = tmp_path / "perf.txt"
     with plain.open("wb") as file:
