@@ -193,10 +193,8 @@ def in_mono(run):
     return FileOptions(topology=run.live, clock="mono")
 
 
-def close(run_rows, live_rows, within, worst):
-    """Check that the packets are equal and that their delays differ by at most `within` of the median delay in the
-    median, and by at most `worst` in four of five packets.
-    """
+def same_packets(run_rows, live_rows):
+    """Yield each direction's begin and delay of the packets of two recordings, int64, ns, packet by packet."""
     for way, count in ((Direction.EGRESS, PINGS + DATAGRAMS), (Direction.INGRESS, PINGS)):
         utc, delay = overheads(run_rows, way)
         live_utc, live_delay = overheads(live_rows, way)
@@ -204,18 +202,20 @@ def close(run_rows, live_rows, within, worst):
         near = np.abs(utc[:, None] - live_utc[None, :]).argmin(axis=0)
         assert len(live_utc) >= count
         assert len(np.unique(near)) == len(near)
-        apart = np.abs(delay[near] - live_delay)
-        print(f"{way.name}: {np.median(apart):.0f} ns apart in the median, {np.percentile(apart, 95):.0f} at 95 %")
-        usual_ns = np.median(live_delay)
-        assert np.median(apart) <= within * usual_ns
-        assert np.percentile(apart, 80) <= worst * usual_ns
+        yield utc[near], delay[near], live_utc, live_delay
 
 
 def test_a_file_extracted_by_trace_cmd(run, live):
-    """Another instance has its own stamps, which differ by the cost of some events."""
+    """Another instance stamps the same packets first, because its probes were attached first.
+
+    Its stamp of a packet is therefore before the live one at the same hook and after the live one at the hook before.
+    """
     header, rows, _ = replayed(recording(run.extracted, in_mono(run)))
     assert header.clock == live[0].clock
-    close(rows, live[1], 0.25, 1)
+    for begin, delay, live_begin, live_delay in same_packets(rows, live[1]):
+        assert (begin <= live_begin).all()
+        assert (live_begin < begin + delay).all()
+        assert (begin + delay <= live_begin + live_delay).all()
 
 
 def test_the_text_of_the_same_records(run):
@@ -234,4 +234,7 @@ def test_two_packet_captures(run, live):
     """tcpdump has the same packets, stamped in the driver and the stack, microseconds from MACE's hooks."""
     _, rows, results = replayed(recording_of(PCAP_PAIR, (run.inner, run.outer)))
     assert results[-1].totals.grades.content == results[-1].totals.packets > PINGS + DATAGRAMS
-    close(rows, live[1], 1, 4)
+    for _, delay, _, live_delay in same_packets(rows, live[1]):
+        apart, usual_ns = np.abs(delay - live_delay), np.median(live_delay)
+        assert np.median(apart) <= usual_ns
+        assert np.percentile(apart, 80) <= 4 * usual_ns
