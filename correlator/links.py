@@ -2,8 +2,8 @@
 
 The kernel continues in another buffer when it reassembles fragments and cuts them again, or copies a packet. A life
 that ends inside the host (a *tail*) and a life that begins there (a *head*) are of one packet if they have the same
-key, which must tell the packet from others (`correlator.content.traits`), and no other life with that key ends or begins
-there about that time. See the essay in `correlator.identity`.
+key, that key tells the packet from others (`correlator.content.traits`), and no other life with it ends or begins there
+about that time. See the essay in `correlator.identity`.
 
 Tails and heads wait until no further record can affect the decision, which depends on the records alone, never on how
 the stream is divided: they are grouped by key and time, a group of one tail and a later head is joined, and all others

@@ -96,7 +96,8 @@ def tapes(draw):
         several = draw(st.integers(0, count))
         segs = [2] * several + [0] * (count - several)
         told = draw(st.lists(flags, min_size=count, max_size=count)) if draw(st.booleans()) else [0] * count
-        return {"key": keys, "flags": told, "segs": segs if draw(st.booleans()) else segs[::-1], "proto": draw(PROTOCOLS)}
+        segs = segs if draw(st.booleans()) else segs[::-1]
+        return {"key": keys, "flags": told, "segs": segs, "proto": draw(PROTOCOLS)}
 
     for _ in range(draw(st.integers(0, 12))):
         words = draw(st.sampled_from(PATHS)).format(n=1).split()
@@ -135,8 +136,12 @@ def continued(draw):
         key = draw(st.integers(1, 8))
         keys = [key if draw(st.integers(0, 15)) else 0 for _ in words]
         tape.packet(
-            *(" ".join(words), draw(st.integers(0, 60)) * 500),
-            **{"skb": skb, "step": draw(st.sampled_from([1, 100])), "key": keys, "proto": draw(PROTOCOLS)},
+            " ".join(words),
+            draw(st.integers(0, 60)) * 500,
+            skb=skb,
+            step=draw(st.sampled_from([1, 100])),
+            key=keys,
+            proto=draw(PROTOCOLS),
         )
     if draw(st.booleans()):
         start = draw(st.integers(0, 30_000))
