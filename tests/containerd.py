@@ -6,6 +6,8 @@ The CNI plugin gives a pod's namespace no device: names need none.
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 import shutil
 import socket
 import subprocess
@@ -73,16 +75,53 @@ class Containerd:
                 self.ask("StartContainer", message(f1=made))
             yield uid
         finally:
-            self.ask("StopPodSandbox", message(f1=sandbox))
-            self.ask("RemovePodSandbox", message(f1=sandbox))
-            groups = [*Path("/sys/fs/cgroup").glob(root), *Path("/sys/fs/cgroup").glob(f"*/{root}")]
-            for group in sorted((each for top in groups for each in (top, *top.rglob("*/"))), reverse=True):
-                group.rmdir()
+            self._remove(sandbox, root)
+
+    @contextlib.contextmanager
+    def agent(self, image: str, args: list[str | Path], linux: bytes, mounts: dict[Path, Path]) -> Iterator[int]:
+        """Run a pod of one container in the host's network and with its process ids; yields the container's process.
+
+        `linux` is its `LinuxContainerSecurityContext`, `mounts` are folders of this machine by their path inside. The
+        container has ended when the block has.
+        """
+        uid, root = str(uuid.uuid4()), f"mace-test-{uuid.uuid4()}"
+        shared = message(f1=_NODE, f2=_NODE)
+        pod = message(f1=f"/{root}/kubepods/burstable/pod{uid}", f2=message(f1=shared))
+        config = message(f1=message(f1="agent", f2=uid, f3="mace"), f8=pod)
+        sandbox = self._made("RunPodSandbox", message(f1=config))
+        try:
+            wanted = message(
+                f1=message(f1="agent"),
+                f2=message(f1=image),
+                f4=[str(word) for word in args],
+                f7=[message(f1=str(inside), f2=str(outside)) for inside, outside in mounts.items()],
+                f15=message(f2=linux + message(f3=shared)),
+            )
+            made = self._made("CreateContainer", message(f1=sandbox, f2=wanted, f3=config))
+            self.ask("StartContainer", message(f1=made))
+            told = self.ask("ContainerStatus", message(f1=made, f2=1))
+            yield json.loads(re.search(rb'\{"sandboxID".*\}', told)[0])["pid"]  # type: ignore[index]
+            self.ask("StopContainer", message(f1=made, f2=30))
+        finally:
+            self._remove(sandbox, root)
+
+    def _remove(self, sandbox: str, root: str) -> None:
+        """Stop and remove a pod, and its control groups."""
+        self.ask("StopPodSandbox", message(f1=sandbox))
+        self.ask("RemovePodSandbox", message(f1=sandbox))
+        groups = [*Path("/sys/fs/cgroup").glob(root), *Path("/sys/fs/cgroup").glob(f"*/{root}")]
+        for group in sorted((each for top in groups for each in (top, *top.rglob("*/"))), reverse=True):
+            group.rmdir()
+
+    def load(self, image: Path) -> None:
+        """Import an image that `docker save` has written."""
+        argv = ["ctr", "--address", str(self.path), "--namespace", "k8s.io", "images", "import"]
+        subprocess.run([*argv, "--snapshotter", "native", str(image)], stdout=subprocess.DEVNULL, check=True)
 
 
 @contextlib.contextmanager
-def running(place: Path, netns: str) -> Iterator[Containerd]:
-    """Run containerd in a network namespace, which is its pods' host network, with an image of busybox.
+def running(place: Path, netns: str | Path) -> Iterator[Containerd]:
+    """Run containerd in a network namespace (a name or a path), which is its pods' host network, with a busybox image.
 
     Every file of it is in `place`, which is short: a unix socket's path has at most 107 bytes.
     """
@@ -94,7 +133,7 @@ def running(place: Path, netns: str) -> Iterator[Containerd]:
     (place / "config.toml").write_text(config_text(place, IMAGE, place / "cni", str(place / "cni")), encoding="utf-8")
     (place / "image.tar").write_bytes(image.saved(IMAGE))
     log = (place / "containerd.log").open("wb")
-    argv = ["nsenter", f"--net=/run/netns/{netns}", "containerd", "--config", str(place / "config.toml")]
+    argv = ["nsenter", f"--net={Path('/run/netns') / netns}", "containerd", "--config", str(place / "config.toml")]
     with log:
         process = subprocess.Popen(argv, stdout=log, stderr=log)
     daemon = Containerd(place / "containerd.sock")
@@ -105,9 +144,7 @@ def running(place: Path, netns: str) -> Iterator[Containerd]:
 
     try:
         wait_for(ready, what="containerd's socket")
-        argv = ["ctr", "--address", str(daemon.path), "--namespace", "k8s.io", "images", "import"]
-        argv += ["--snapshotter", "native", str(place / "image.tar")]
-        subprocess.run(argv, stdout=subprocess.DEVNULL, check=True)
+        daemon.load(place / "image.tar")
         yield daemon
     finally:
         process.terminate()

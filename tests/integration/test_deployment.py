@@ -12,16 +12,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from collector.bpf.object import OBJECT, OLD_OBJECT
 from collector.compiled import loops
 from correlator.compiled import joiner
 from mace import lab
 from mace.lab import Runtime, Spec
-from tests import images
+from mace.lab.containerd import message
+from tests import containerd, images, measuring
 from tests.places import GOLDEN, ROOT
 
 BOTH = GOLDEN / "both-sources"
@@ -29,6 +32,8 @@ NAME = "measured.example"
 VISITOR = "visitor.example"
 """A host name of the test alone: the broker allows one session per name."""
 PINGS = 300
+SIZE = 1211
+"""Payload of the pings that are counted by their length, bytes."""
 POWERS = {38, 39}
 """CAP_PERFMON and CAP_BPF (linux/capability.h)."""
 OLD_POWERS = {21}
@@ -284,3 +289,60 @@ def test_a_restart_of_the_broker_loses_nothing(running):
     running.compose("start", "mosquitto")
     wait_for(lambda: stored(running)[container]["egress"] >= before + 100, running)
     assert stored(running)[container]["egress"] == before + 100, "once each"
+
+
+@pytest.mark.needs("containerd")
+def test_the_daemon_set_measures_with_two_capabilities(deployed):
+    """Its pod on a real containerd, whose default seccomp profile allows bpf(2) to whoever has CAP_BPF."""
+    documents = yaml.safe_load_all((ROOT / "deploy/kubernetes/mace.yaml").read_text())
+    (pod,) = (one["spec"]["template"]["spec"] for one in documents if one["kind"] == "DaemonSet")
+    (container,) = pod["containers"]
+    context = container["securityContext"]
+    assert (pod["hostPID"], pod["hostNetwork"], context["seccompProfile"]) == (True, True, {"type": "RuntimeDefault"})
+    linux = message(
+        f1=message(f1=context["capabilities"]["add"], f2=context["capabilities"]["drop"]),
+        f2=int(context["privileged"]),
+        f5=message(f1=context["runAsUser"]),
+        f7=int(context["readOnlyRootFilesystem"]),
+        f11=int(not context["allowPrivilegeEscalation"]),
+        f12=message(f1=context["runAsGroup"]),
+        f15=message(f1=0),
+    )
+    place = deployed.place
+    with (
+        TemporaryDirectory(prefix="mace-cri-") as folder,
+        containerd.running(Path(folder) / "c", place.netns_path(lab.HOST)) as daemon,
+    ):
+        written = Path(folder) / "state"
+        written.mkdir()
+        deployed.call("docker", "save", "--output", f"{folder}/mace.tar", "mace")
+        daemon.load(Path(folder) / "mace.tar")
+        # The lab's host is not the machine, whose processes the pod has, and it has no default route.
+        settings = f'source = "bpf"\nhost_netns = "/proc/self/ns/net"\nouter = ["{place.outer_device}"]'
+        (written / "mace.toml").write_text(f"[capture]\n{settings}\n")
+        inside = Path("/var/lib/mace")
+        args = [
+            "run",
+            "--config",
+            inside / "mace.toml",
+            "--store",
+            inside / "store",
+            "--record",
+            inside / "stream.mace",
+        ]
+        with daemon.agent("docker.io/library/mace:latest", args, linux, {inside: written}) as pid:
+            status = dict(
+                line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
+            )
+            powers = {kind: int(status[kind], 16) for kind in ("CapEff", "CapPrm", "CapBnd")}
+            assert powers == dict.fromkeys(powers, sum(1 << bit for bit in POWERS))
+            assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+            capture = written / "stream.mace"
+            measuring.wait_for(lambda: capture.exists() and capture.stat().st_size > 0, what="the collector")
+            assert place.ping("c1", "remote", count=PINGS, size=SIZE, interval_s=0.005).received == PINGS
+        counts = measuring.query(
+            written / "store",
+            "SELECT direction, count(*) FROM delays"
+            f" WHERE segment = 'overhead' AND l3_len = {SIZE + 28} GROUP BY direction",
+        ).fetchall()
+    assert dict(counts) == {"egress": PINGS, "ingress": PINGS}
