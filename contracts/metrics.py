@@ -72,7 +72,8 @@ TAGS: Final = {
     "rank": "Position of the device on the way out of a container, from 0; sorts a path.",
     "direction": "`egress`: out of the container; `ingress`: into the container; else `unknown`.",
     "segment": "`device`: part of the overhead; `outside`: a device that the host's own packets cross too; `delivery`:"
-    " from the inner device to the reader; `overhead`: the packet's whole overhead.",
+    " from the inner device to the reader; `waiting`: the part of it in which the reader waited for a CPU; `overhead`:"
+    " the packet's whole overhead.",
     "source": "Source that captured the packets: `ftrace`, `kmod`, ...",
     "grade": "Evidence that a packet's records belong together: `buffer`, `content`, `exact`.",
     "width_s": "Width of the window, s: `1` or `10`. Each delay is in one window of each width.",

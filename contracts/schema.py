@@ -43,6 +43,9 @@ class Segment(IntEnum):
     """The whole overhead. Egress: from `net_dev_queue` at the inner device to that at the outer one. Ingress: from
     `netif_receive_skb` at the outer device to that at the inner one. Exactly the sum of the packet's `DEVICE`
     delays."""
+    WAITING = 5
+    """The part of a `DELIVERY` in which the reader was ready but did not run. It begins with the delivery. Only
+    deliveries whose reader was followed have it (`correlator.readers`)."""
 
 
 class Grade(IntEnum):

@@ -79,8 +79,9 @@ _DEVICE: Final = (
         "segment",
         _NAME,
         "`device`: crossing of a device that only the container's packets cross; `outside`: of a device that the"
-        " host's own packets cross, too; `delivery`: from the inner device to the reader; `overhead`: sum of a packet's"
-        " `device` rows, with the inner device's name.",
+        " host's own packets cross, too; `delivery`: from the inner device to the reader; `waiting`: the part of a"
+        " delivery in which the reader waited for a CPU; `overhead`: sum of a packet's `device` rows, with the inner"
+        " device's name.",
     ),
 )
 
