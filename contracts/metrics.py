@@ -230,6 +230,17 @@ MEASUREMENTS: Final = {
                     "Part of `tool_rtt_ns` in which the tool was ready but no CPU ran it; absent where it is not known."
                     " `host_rtt_ns` - `temporal_error_ns` is the host RTT without waiting.",
                 ),
+                Field(
+                    "tracer_cost_ns",
+                    FieldKind.SAMPLE,
+                    "Cost of tracing that `host_rtt_ns` is without; absent where it is not known, and then not"
+                    " subtracted.",
+                ),
+                Field(
+                    "tracer_cost_error_ns",
+                    FieldKind.SAMPLE,
+                    "Half width of the 95 % interval of `tracer_cost_ns`; absent together with it.",
+                ),
             ),
             "When the request arrived at the container's device; for an unpaired sample, the tool's own time.",
         ),
