@@ -92,7 +92,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=whole_at_least(1),
         default=None,
         metavar="N",
-        help="pings of each kind per repetition (default: 300 in a flood to 10 at 1 s)",
+        help="pings of each kind per repetition (default: by pace; at 1 s 34 of `mace ping` and 10 of each other kind)",
     )
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the random order (default 1)")
     parser.add_argument(

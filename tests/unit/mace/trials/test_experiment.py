@@ -13,6 +13,8 @@ import rich.console
 
 from contracts.errors import StoreError, UsageError
 from contracts.ledger import Ledger
+from mace.tools.host_probes import MOST_A_SECOND, SAMPLES_A_PROBE
+from mace.tools.host_rtt import FEWEST
 from mace.trials.experiment import page
 from mace.trials.experiment import plan as plans
 from mace.trials.experiment.figures import Figures
@@ -66,6 +68,16 @@ def test_all_paces_of_a_quick_run_fit_into_its_time():
     """Repetitions that do not fit are left out, so that this is no promise, but the plan is for all of them."""
     quick = replace(PLAN, paces=tuple(plans.PACES), flood=0, repetitions=plans.QUICK_REPETITIONS)
     assert sum(quick.seconds(cell) for _, cell in quick.order()) < 600
+
+
+def test_every_pace_has_the_pings_that_probes_need():
+    """Three of either side, of which a burst has three; see `mace.tools.host_probes`."""
+    for cell in replace(PLAN, paces=tuple(plans.PACES), flood=0).cells():
+        count = PLAN.count_of(cell, corrected=True)
+        seconds = count * (cell.interval_s or plans._FLOOD_S)
+        assert min(count // SAMPLES_A_PROBE, seconds * MOST_A_SECOND) >= 2 * FEWEST
+        assert PLAN.count_of(cell) <= count
+        assert replace(PLAN, count=12).count_of(cell, corrected=True) == 12
 
 
 def test_results_are_kept_and_continued(tmp_path):
@@ -364,3 +376,15 @@ def test_what_cannot_be_put_into_a_page_is_said_and_changes_nothing(tmp_path, ca
 def test_a_page_is_markdown_or_html():
     with pytest.raises(UsageError, match=r"has to end in \.html or \.md"):
         page.check(Path("page.pdf"))
+
+
+def test_a_terminal_shows_where_the_figures_are_from():
+    """Also where intervals are wide."""
+    far = replace(CELL, pace="200ms", far_end="guest", runtime="apptainer-ptp", flood_containers=2)
+    untraced = [{"untraced": [us * 1000] * 40, "traced": [64_000] * 20} for us in (100, 900, 400)]
+    printed = rich.console.Console(file=io.StringIO(), width=120)
+    Figures([made(n, far, bare=bare) for n, bare in enumerate(untraced)], MACHINE).tables(printed)
+    text = " ".join(printed.file.getvalue().split())
+    for word in ("200ms,", "apptainer-ptp,", "guest"):
+        assert word in text
+    assert "60 of" in text
