@@ -26,6 +26,8 @@ NEAR_NS: Final = 10_000
 """Longest time between the packet's record of a copy and the tracer's: an interrupt may come between the probes."""
 _KEPT: Final = 4
 """Last changes of a task that are kept although all packets before them are settled: they say what it does since."""
+_MOST_GAPS: Final = 1000
+"""Beyond that number the earlier gaps become one, in which nothing is known."""
 
 
 class Readers:
@@ -63,7 +65,6 @@ class Readers:
         """Drop what no packet that is not settled by that time can need."""
         before_ns = before_utc_ns - self._offset_ns
         self._copies = self._copies[int(np.searchsorted(self._copies.ts_ns, before_ns - NEAR_NS)) :]
-        self._gaps = [gap for gap in self._gaps if gap[1] >= before_ns]
         changes = self._changes[np.argsort(self._changes.pid, kind="stable")]
         if not len(changes):
             return
@@ -72,12 +73,16 @@ class Readers:
         later = np.append(np.cumsum((changes.ts_ns < before_ns)[::-1])[::-1], 0)
         # How many changes before the time follow in the same task, this one included.
         place = later[:-1] - later[last]
-        ended = np.zeros(len(changes), np.bool_)
-        for first, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-            ended[first:end] = changes.change[end - 1] == TaskChange.ENDED
+        ended = np.repeat(changes.change[edges[1:] - 1] == TaskChange.ENDED, np.diff(edges))
         kept = (changes.ts_ns >= before_ns) | ((place <= _KEPT) & ~ended)
         changes = changes[np.flatnonzero(kept)]
         self._changes = changes[np.argsort(changes.ts_ns, kind="stable")]
+        # A gap matters to a task that has not changed since.
+        oldest = int(self._changes.ts_ns[0]) if len(self._changes) else before_ns
+        self._gaps = [gap for gap in self._gaps if gap[1] >= min(oldest, before_ns)]
+        if len(self._gaps) > _MOST_GAPS:
+            early, self._gaps = self._gaps[: -_MOST_GAPS // 2], self._gaps[-_MOST_GAPS // 2 :]
+            self._gaps.insert(0, (min(first for first, _ in early), max(end for _, end in early)))
 
     def _readers(self, end: Ints, netns: Ints) -> tuple[Ints, Ints]:
         """Return the task that copied each packet, -1 if it is not known, and the tracer's time of the copy."""

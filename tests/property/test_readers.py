@@ -1,6 +1,6 @@
 """How much of made-up deliveries a made-up reader waited, against the plan that made them, however they are cut."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -158,6 +158,28 @@ def test_a_wait_whose_beginning_was_not_seen_is_not_known():
     plan.now += 10
     plan.copy(arrived)
     assert found(plan) == [None, 30_000]
+
+
+@pytest.mark.parametrize("lost", [1, 3_000])
+def test_a_gap_since_a_task_s_last_change_is_remembered(lost):
+    """It has lost that the task ran and slept, so that its last known change is a preemption."""
+    plan = Plan()
+    plan.change(TaskChange.WOKEN)
+    plan.ready(1_000)
+    plan.change(TaskChange.PREEMPTED, 1_000)
+    gaps = tuple((plan.now + 10 * n + 1, plan.now + 10 * n + 2) for n in range(lost))
+    readers = Readers(0)
+    readers.add(TaskReading(table(TaskChanges, plan.changes), Copies.empty(), gaps))
+    readers.forget(plan.now + 1_000_000)
+    assert len(readers._gaps) <= 1_000
+    plan.changes, plan.now = [], plan.now + 2_000_000
+    arrived = plan.now
+    plan.change(TaskChange.WOKEN, 500)
+    plan.ready(500)
+    plan.now += 10
+    plan.copy(arrived)
+    readers.add(TaskReading(table(TaskChanges, plan.changes), table(Copies, plan.copies), ()))
+    assert len(readers.waits(replace(delays(plan.delivered), utc_ns=np.array([arrived])), NETNS)) == 0
 
 
 @pytest.mark.parametrize("count", [1, 50])
