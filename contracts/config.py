@@ -116,6 +116,11 @@ class CorrelateConfig:
     softirqs: bool = _key(
         False, "With `cpus`: whether a live run also stores how long receive softirqs wait, by ftrace; needs root."
     )
+    waiting: bool = _key(
+        False,
+        "Whether a live run also follows the tasks of containers, by ftrace, and counts how long the reader of a packet"
+        " waited for a CPU; needs root.",
+    )
     open_records: int = _key(
         4_194_304, "Largest number of records of unfinished packets kept in memory.", low=1000, high=1_000_000_000
     )

@@ -39,6 +39,7 @@ COUNTS_AS: Final = {
     Segment.OUTSIDE: "outside",
     Segment.DELIVERY: "delivery",
     Segment.OVERHEAD: "whole",
+    Segment.WAITING: "in delivery",
 }
 """Name under which tables show each segment."""
 _PENDING_BYTES: Final = 1 << 15
@@ -179,7 +180,7 @@ def path_order(key: FigureKey) -> tuple[Any, ...]:
     return (
         direction is Direction.UNKNOWN,
         direction,
-        segment is Segment.DELIVERY,
+        segment in (Segment.DELIVERY, Segment.WAITING),
         -place.rank if inwards else place.rank,
         place,
         segment,
@@ -401,7 +402,8 @@ class Summary:
         direction and the same figures. `delivery`: like `devices`. Each entry has `host` if several hosts are known,
         and `container_id` if the container has an id; a renamed container has one entry, under its newest name. Of a
         Kubernetes pod it has `namespace`, `pod`, `workload`, and `pod_containers` (a list) if they are known.
-        Present only if not empty: `rows_not_stored`, `unseen` (sentences), `ambiguous` (ambiguous packets by cause:
+        Present only if not empty: `waiting` (like `delivery`: the part of deliveries in which a followed reader waited
+        for a CPU), `rows_not_stored`, `unseen` (sentences), `ambiguous` (ambiguous packets by cause:
         `several_devices` or `several_packets` fit, and `imitated`, the device names that the host shares with other
         namespaces; a store does not keep them), `on_host_network` (names of containers), `note`, `cost` (per hook:
         hook, calls, timed, timed_ns, ns_per_call) and `sinks` (by name, the counts of `contracts.vitals.Account`).
@@ -415,6 +417,8 @@ class Summary:
             "overhead": [self._entry(r, several, whole=True) for r in self.overhead()],
             "delivery": [self._entry(r, several) for r in self.rows(Segment.DELIVERY)],
         }
+        if waiting := self.rows(Segment.WAITING):
+            found["waiting"] = [self._entry(r, several) for r in waiting]
         if self.rows_not_stored:
             found["rows_not_stored"] = self.rows_not_stored
         if unseen := self.unseen():

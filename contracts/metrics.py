@@ -72,7 +72,8 @@ TAGS: Final = {
     "rank": "Position of the device on the way out of a container, from 0; sorts a path.",
     "direction": "`egress`: out of the container; `ingress`: into the container; else `unknown`.",
     "segment": "`device`: part of the overhead; `outside`: a device that the host's own packets cross too; `delivery`:"
-    " from the inner device to the reader; `overhead`: the packet's whole overhead.",
+    " from the inner device to the reader; `waiting`: the part of it in which the reader waited for a CPU; `overhead`:"
+    " the packet's whole overhead.",
     "source": "Source that captured the packets: `ftrace`, `kmod`, ...",
     "grade": "Evidence that a packet's records belong together: `buffer`, `content`, `exact`.",
     "width_s": "Width of the window, s: `1` or `10`. Each delay is in one window of each width.",
@@ -228,6 +229,17 @@ MEASUREMENTS: Final = {
                     FieldKind.SAMPLE,
                     "Part of `tool_rtt_ns` in which the tool was ready but no CPU ran it; absent where it is not known."
                     " `host_rtt_ns` - `temporal_error_ns` is the host RTT without waiting.",
+                ),
+                Field(
+                    "tracer_cost_ns",
+                    FieldKind.SAMPLE,
+                    "Cost of tracing that `host_rtt_ns` is without; absent where it is not known, and then not"
+                    " subtracted.",
+                ),
+                Field(
+                    "tracer_cost_error_ns",
+                    FieldKind.SAMPLE,
+                    "Half width of the 95 % interval of `tracer_cost_ns`; absent together with it.",
                 ),
             ),
             "When the request arrived at the container's device; for an unpaired sample, the tool's own time.",

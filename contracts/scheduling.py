@@ -5,6 +5,8 @@ A *task* is a thread, as in the kernel. Times are CLOCK_MONOTONIC, ns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import ClassVar
@@ -42,4 +44,31 @@ class TaskChanges(Columns):
     _DTYPES: ClassVar[dict[str, str]] = {"ts_ns": "<i8", "pid": "<i4", "change": "u1"}
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Copies(Columns):
+    """One row per packet that a task copied from a socket, in order of time."""
+
+    ts_ns: npt.NDArray[np.int64]
+    pid: npt.NDArray[np.int32]
+    netns: npt.NDArray[np.uint64]
+    """Inode of the task's network namespace."""
+
+    _DTYPES: ClassVar[dict[str, str]] = {"ts_ns": "<i8", "pid": "<i4", "netns": "<u8"}
+
+
+@dataclass(frozen=True, slots=True)
+class TaskReading:
+    """What became of the followed tasks since the reading before. Each reading follows the one before in time."""
+
+    changes: TaskChanges
+    copies: Copies
+    gaps_ns: tuple[tuple[int, int], ...]
+    """Stretches of CLOCK_MONOTONIC in which changes or copies were lost."""
+
+
+ReadTasks = Callable[[AbstractSet[int]], TaskReading]
+"""Follows the tasks in the network namespaces of these inodes, and returns what became of them since the last call."""
+
+
 assert tuple(f.name for f in fields(TaskChanges)) == tuple(TaskChanges._DTYPES)
+assert tuple(f.name for f in fields(Copies)) == tuple(Copies._DTYPES)

@@ -43,6 +43,9 @@ class Segment(IntEnum):
     """The whole overhead. Egress: from `net_dev_queue` at the inner device to that at the outer one. Ingress: from
     `netif_receive_skb` at the outer device to that at the inner one. Exactly the sum of the packet's `DEVICE`
     delays."""
+    WAITING = 5
+    """The part of a `DELIVERY` in which the reader was ready but did not run. It begins with the delivery. Only
+    deliveries whose reader was followed have it (`correlator.readers`)."""
 
 
 class Grade(IntEnum):
@@ -243,6 +246,11 @@ class RoundTripRows(Columns):
     """Part of `tool_rtt_ns` in which the tool waited for a CPU; `NOT_TOLD` if that is not known."""
     host_rtt_lower_bound_ns: npt.NDArray[np.int64]
     """`tool_rtt_ns` - `egress_ns` - `ingress_ns`."""
+    tracer_cost_ns: npt.NDArray[np.int64]
+    """Cost of tracing that `host_rtt_ns` is without: with it, it is the round trip of a traced process on the host.
+    `NOT_TOLD` where the host RTT or the cost is not known."""
+    tracer_cost_error_ns: npt.NDArray[np.int64]
+    """Half width of the 95 % interval of `tracer_cost_ns`; `NOT_TOLD` together with it."""
 
     _DTYPES: ClassVar[dict[str, str]] = {
         "utc_ns": "<i8",
@@ -256,6 +264,8 @@ class RoundTripRows(Columns):
         "reason": "u1",
         "temporal_error_ns": "<i8",
         "host_rtt_lower_bound_ns": "<i8",
+        "tracer_cost_ns": "<i8",
+        "tracer_cost_error_ns": "<i8",
     }
 
 

@@ -18,9 +18,10 @@ def live(config: CorrelateConfig) -> EngineConfig:
         open_records=config.open_records,
         rows=config.rows,
         stages=config.cpus,
+        waiting=config.waiting,
     )
 
 
 def replayed(config: CorrelateConfig) -> EngineConfig:
     """Return the settings for a recording, which is processed in slices of `REPLAY_SLICE_NS`."""
-    return replace(live(config), slice_ns=REPLAY_SLICE_NS, whole_batches=False)
+    return replace(live(config), slice_ns=REPLAY_SLICE_NS, whole_batches=False, waiting=False)

@@ -24,7 +24,8 @@ from contracts.ordering import stable_order
 from contracts.protocols import TCP
 from contracts.records import Batch, Flag
 from contracts.results import Results, Rows, Totals
-from contracts.schema import NOT_TOLD, Crossings, Direction, Grades
+from contracts.scheduling import TaskReading
+from contracts.schema import NOT_TOLD, Crossings, Delays, Direction, Grades
 from contracts.timerange import check_from, check_times
 from contracts.topology import Device, Sharer, Topology
 from contracts.windowtable import WindowTable
@@ -35,6 +36,7 @@ from correlator.identity import Resolver
 from correlator.lives import Lives
 from correlator.neighbours import Asked
 from correlator.numbers import LOST
+from correlator.readers import Readers
 from correlator.records import NEVER, LifeTimes, Records
 from correlator.stages import StageCounts
 from correlator.state import EngineState, with_numbers
@@ -79,6 +81,8 @@ class EngineConfig:
     """Whether to return `Rows.crossings`, for the correction of a tool's samples."""
     stages: bool = False
     """Whether to return `Rows.stages`: which CPU worked on packets."""
+    waiting: bool = False
+    """Whether to return rows and windows of the segment `WAITING`, by the readings given to `Engine.follow`."""
 
 
 class Engine:
@@ -123,11 +127,12 @@ class Engine:
             timeout_ns=config.timeout_ns,
             link_ns=config.link_ns,
             offset_ns=utc_offset_ns,
-            rows=config.rows,
+            rows=config.rows or config.waiting,
             crossings=config.crossings,
             stages=config.stages,
         )
         self._stages = StageCounts(self._entry, self._own)
+        self._readers = Readers(utc_offset_ns) if config.waiting else None
         self._owners: set[int] = set()
         self._lost = 0
         self._began_ns: int | None = None
@@ -167,6 +172,16 @@ class Engine:
         elif len(item):
             check_times(int(item.ts_ns[0]), int(item.ts_ns[-1]), self._offset_ns)
             yield from self._take(item)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the engine needs readings of the tasks that read packets."""
+        return self._readers is not None
+
+    def follow(self, reading: TaskReading) -> None:
+        """Note what became of the tasks that read packets, before the items whose records came before the reading."""
+        if self._readers is not None:
+            self._readers.add(reading)
 
     def advance(self, upto_ns: int, *, at_once: bool = False) -> list[Results]:
         """Return the results that are complete if no record before `upto_ns` will follow.
@@ -276,6 +291,8 @@ class Engine:
         self._number_entries()
         delays, crossings = lives.rows(), Crossings.empty()
         delays = replace(delays, device=self._entry_of[delays.device].astype(np.int32))
+        if self._readers is not None:
+            delays = self._with_waits(delays, self._readers)
         if config.crossings or config.stages:
             times = lives.times()
             if config.crossings:
@@ -288,6 +305,8 @@ class Engine:
         self._gaps_to_tell = []
         settled_utc_ns = None if last else self._settled(upto_ns) + self._offset_ns
         windows, stages = self._closed(settled_utc_ns), self._stages.close(settled_utc_ns)
+        if self._readers is not None and settled_utc_ns is not None:
+            self._readers.forget(settled_utc_ns)
         places = tuple(self._stages.places) if len(stages) else ()
         gaps = tuple(zip(*told.T.tolist(), strict=True))
         return Results(
@@ -310,6 +329,13 @@ class Engine:
             self._began_ns = int(records.ts_ns[0])
             self._gaps = np.concatenate([[(-NEVER, self._began_ns)], self._gaps])
         self._asked.note(records)
+
+    def _with_waits(self, delays: Delays, readers: Readers) -> Delays:
+        """Count the waiting of readers in windows, and return the rows with it, or none if rows are not wanted."""
+        waits = readers.waits(delays, np.array([device.netns for device in self._devices], np.int64))
+        counted = waits[np.flatnonzero(~waits.waited)]
+        self._windows.add(counted.utc_ns, counted.device, counted.direction, counted.segment, counted.delay_ns)
+        return Delays.concatenate([delays, waits]) if self._config.rows else Delays.empty()
 
     def _number_given(self, number: int, owner: int) -> int:
         """Return the loop's number of a device and the inner device of the container whose packets cross it."""

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from contracts.interfaces import Progress, StreamItem
 from contracts.records import Batch
 from contracts.results import Results, Totals
+from contracts.scheduling import ReadTasks
 from contracts.schema import HookCost
-from contracts.topology import Topology
+from contracts.topology import Role, Topology
 from correlator.engine import Engine
 
 
@@ -48,11 +49,16 @@ class Feeder:
         discarded: Callable[[], int] = _nothing_discarded,
         cost: Callable[[], tuple[HookCost, ...]] = _no_cost,
         limit: SliceLimit | None = None,
+        tasks: ReadTasks | None = None,
     ) -> None:
         """`discarded` returns the number of records that the source has discarded so far, `cost` the cost of observing.
 
-        Without `limit` the engine works when its own slices end.
+        Without `limit` the engine works when its own slices end. `tasks` reads the tasks in the containers' network
+        namespaces, if the engine's configuration asks for their waiting.
         """
+        self._tasks = tasks if engine.waiting else None
+        self._netns: frozenset[int] = frozenset()
+        """Inodes of the containers' network namespaces, by the newest topology."""
         self.engine = engine
         self._discarded, self._cost = discarded, cost
         self._limit = limit
@@ -72,6 +78,10 @@ class Feeder:
 
         Raises `WireError` for impossible times.
         """
+        if self._tasks is not None:
+            if isinstance(item, Topology):
+                self._netns = frozenset(d.netns for d in item.devices if d.role is Role.INNER)
+            self.engine.follow(self._tasks(self._netns))
         if not isinstance(item, Progress):
             yield from map(self._completed, self.engine.pieces(item))
         elif self._limit is None:
@@ -87,6 +97,8 @@ class Feeder:
 
     def finish(self) -> Results:
         """Return the remaining results at the end of the stream."""
+        if self._tasks is not None:
+            self.engine.follow(self._tasks(self._netns))
         return self._completed(self.engine.finish())
 
     def totals(self, upto_ns: int) -> Totals:

@@ -70,6 +70,18 @@ class Waited(Columns):
         return known
 
 
+def waited_of(changes: TaskChanges, pid: Ints, begin: Ints, end: Ints, gaps_ns: Sequence[tuple[int, int]]) -> Ints:
+    """Return how much of each stretch from `begin` to `end` the task `pid` waited, ns; `UNKNOWN` if that is not known.
+
+    The task runs at `end`. All times are CLOCK_MONOTONIC; `gaps_ns` are stretches in which changes were lost.
+    """
+    found = np.full(len(pid), UNKNOWN, np.int64)
+    for number, task in _tasks(changes[np.isin(changes.pid, pid)]).items():
+        rows = np.flatnonzero((pid == number) & task.runs(end))
+        found[rows] = task.overlap(begin[rows], end[rows], gaps_ns)
+    return found
+
+
 def waited(
     samples: Samples,
     corrections: Corrections,
@@ -88,11 +100,7 @@ def waited(
     rows = rows[np.argsort(corrections.sent_utc_ns[rows], kind="stable")]
     exchanges = _Exchanges.of(samples, corrections, rows, offset_ns)
     user = stamps.receive_clock is ReceiveClock.USER
-    by_task = changes[np.argsort(changes.pid, kind="stable")]
-    _, first = np.unique(by_task.pid, return_index=True)
-    edges = [*first.tolist(), len(by_task)]
-    parts = [by_task[begin:end] for begin, end in pairwise(edges)]
-    tasks = [_Task.of(part) for part in parts if len(part)]
+    tasks = list(_tasks(changes).values())
     for task, mine in zip(tasks, _senders(tasks, exchanges), strict=True):
         values = task.waited(exchanges[mine], gaps_ns, user_clock=user)
         for name in Waited._DTYPES:
@@ -210,6 +218,21 @@ class _Task:
         columns = {"send_ns": send, "receive_ns": receive, "temporal_error_ns": error}
         return Waited(**{name: np.where(unknown, UNKNOWN, values) for name, values in columns.items()})
 
+    def overlap(self, begin: Ints, end: Ints, gaps_ns: Sequence[tuple[int, int]]) -> Ints:
+        """Return how much of each stretch from `begin` to `end` the task waited; `UNKNOWN` where changes were lost."""
+        before = self._until(end) - self._until(begin)
+        # A first `RUNS` without a change before it may have ended a wait of any length.
+        unseen = [(-_EVER, int(self.end[0]) - 1)] if len(self.end) and self.start[0] == self.end[0] else []
+        found: Ints = np.where(self._torn(begin, end, [*gaps_ns, *self.gaps, *unseen]), UNKNOWN, before)
+        return found
+
+    def _until(self, times: Ints) -> Ints:
+        """Return the sum of the waits up to these times, of a wait that lasts beyond it the part before."""
+        ended = np.searchsorted(self.end, times, side="right")
+        begun = np.append(self.start, _EVER)[ended]
+        whole: Ints = self._total(np.zeros(len(times), np.int64), ended) + np.maximum(times - begun, 0)
+        return whole
+
     def _awake(self, sent: Ints, before: Ints, last_woken: Ints, runs_again: Ints, rest: Ints) -> Ints:
         """Return the preemptions from S to Q and from `runs_again` to R, as long in sum as fits into `rest`.
 
@@ -255,6 +278,14 @@ def _unsaid(off_at: Ints, on: Mask) -> list[tuple[int, int]]:
     same = np.flatnonzero(on[1:] == on[:-1])
     gaps = list(zip((off_at[same] + 1).tolist(), (off_at[same + 1] - 1).tolist(), strict=True))
     return gaps if on[:1].any() else [(-_EVER, int(off_at[0]) - 1 if len(off_at) else _EVER), *gaps]
+
+
+def _tasks(changes: TaskChanges) -> dict[int, _Task]:
+    """Return the tasks by their number, in its order."""
+    by_task = changes[np.argsort(changes.pid, kind="stable")]
+    numbers, first = np.unique(by_task.pid, return_index=True)
+    edges = pairwise([*first.tolist(), len(by_task)])
+    return {n: _Task.of(by_task[begin:end]) for n, (begin, end) in zip(numbers.tolist(), edges, strict=True)}
 
 
 def _senders(tasks: Sequence[_Task], exchanges: _Exchanges) -> list[Ints]:

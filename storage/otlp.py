@@ -32,6 +32,7 @@ from storage.new_file import NewFile
 
 _INTERNAL: Final = 1
 """`SPAN_KIND_INTERNAL`."""
+_READING: Final = (Segment.DELIVERY, Segment.WAITING)
 _ERROR: Final = 2
 """`STATUS_CODE_ERROR`."""
 _LINE_BYTES: Final = 1 << 19
@@ -155,7 +156,7 @@ class SpanFile:
             segment = Segment(columns["segment"][row])
             begin, delay = columns["utc_ns"][row], columns["delay_ns"][row]
             key = f"{trace}/{columns['position'][row]}/{segment}/{device.netns}/{device.ifindex}/{begin}"
-            name = f"{device.name} {segment.name.lower()}" if segment is Segment.DELIVERY else device.name
+            name = f"{device.name} {segment.name.lower()}" if segment in _READING else device.name
             hop = self._span(trace, _hex(key, 8), name, begin, begin + max(delay, 0))
             hop["parentSpanId"] = root
             hop["attributes"] = [

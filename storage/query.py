@@ -180,7 +180,7 @@ class PacketPath:
     grade: str
     outcome: str
     hops: tuple[Hop, ...]
-    """Hops in path order, with segments `DEVICE`, `OUTSIDE` and `DELIVERY`."""
+    """Hops in path order, with segments `DEVICE`, `OUTSIDE`, `DELIVERY`, and `WAITING`, which is part of `DELIVERY`."""
     overhead_ns: dict[Direction, int]
 
 
@@ -1008,7 +1008,7 @@ class StoreReader:
                 FROM d WHERE segment = 'overhead' GROUP BY ALL
             ), b AS (
                 SELECT p.owner, p.owner_netns, d.*, {BIN_SQL} AS bin
-                FROM d JOIN p USING (host, run, packet, direction) WHERE segment != 'overhead'
+                FROM d JOIN p USING (host, run, packet, direction) WHERE segment NOT IN ('overhead', 'waiting')
             ), g AS (
                 SELECT owner, owner_netns, {_PLACE}, direction, segment, bin, count(*) AS n, sum(delay_ns) AS s,
                        min(delay_ns) AS lo, max(delay_ns) AS hi, sum(position) AS hop

@@ -79,8 +79,9 @@ _DEVICE: Final = (
         "segment",
         _NAME,
         "`device`: crossing of a device that only the container's packets cross; `outside`: of a device that the"
-        " host's own packets cross, too; `delivery`: from the inner device to the reader; `overhead`: sum of a packet's"
-        " `device` rows, with the inner device's name.",
+        " host's own packets cross, too; `delivery`: from the inner device to the reader; `waiting`: the part of a"
+        " delivery in which the reader waited for a CPU; `overhead`: sum of a packet's `device` rows, with the inner"
+        " device's name.",
     ),
 )
 
@@ -277,6 +278,18 @@ ROUND_TRIPS: Final = (
         "temporal_error_ns",
         pa.int64(),
         "Part of `tool_rtt_ns` in which the tool was ready but no CPU ran it; null if it is not known.",
+        optional=True,
+    ),
+    Column(
+        "tracer_cost_ns",
+        pa.int64(),
+        "Cost of tracing that `host_rtt_ns` is without; null if it is not known, and then not subtracted.",
+        optional=True,
+    ),
+    Column(
+        "tracer_cost_error_ns",
+        pa.int64(),
+        "Half width of the 95 % interval of `tracer_cost_ns`; null together with it.",
         optional=True,
     ),
     Column("grade", _NAME, "Evidence that ties the packets' records, as in `delays`; empty if unpaired."),
@@ -631,7 +644,10 @@ def round_trips_table(header: StreamHeader, trips: RoundTrips) -> pa.Table:
                 told(getattr(rows, name), paired)
                 for name in ("host_rtt_ns", "host_rtt_lower_bound_ns", "nic_rtt_ns", "egress_ns", "ingress_ns")
             ),
-            told(rows.temporal_error_ns, paired),
+            *(
+                told(getattr(rows, name), paired)
+                for name in ("temporal_error_ns", "tracer_cost_ns", "tracer_cost_error_ns")
+            ),
             _named(np.where(paired, rows.grade.astype(np.int16) + 1, 0), grades),
             _constant(trips.container_id, count),
         ],

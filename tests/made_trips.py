@@ -39,6 +39,8 @@ def made_trips(count=COUNT, *, probes=True, **changes):
         reason=reason,
         temporal_error_ns=np.full(count, NOT_TOLD),
         host_rtt_lower_bound_ns=bound,
+        tracer_cost_ns=np.full(count, 2_000 if probes else NOT_TOLD),
+        tracer_cost_error_ns=np.full(count, 700 if probes else NOT_TOLD),
     )
     return replace(RoundTrips("ping", "c1", "c1", ("paired", "no_reply"), rows, "id-1", "203.0.113.2"), **changes)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Final
+from typing import ClassVar, Final
 
 import numpy as np
 
@@ -46,6 +46,8 @@ class TaskTrace:
     `changes` and `gaps` grow by `read`. All errors are `Unavailable` and `SourceError`.
     """
 
+    EVENTS: ClassVar[tuple[str, ...]] = (_SWITCH, _WAKING, _FORK)
+
     def __init__(self, ring_kib_per_cpu: int = _RING_KIB) -> None:
         self._ring_kib = ring_kib_per_cpu
         self._own = OwnInstance()
@@ -71,7 +73,7 @@ class TaskTrace:
         instance.set_option("overwrite", on=True)
         instance.set_option("event-fork", on=True)
         instance.set_ring_size(self._ring_kib)
-        self._forms = {name: parse_format(name, instance.event_format(name)) for name in (_SWITCH, _WAKING, _FORK)}
+        self._forms = {name: parse_format(name, instance.event_format(name)) for name in self.EVENTS}
         self._decoder = PageDecoder(self._own.buffer.layout, ())
         self._began_ns = self.complete_ns = time.monotonic_ns()
         self._open_cpus()
@@ -140,10 +142,15 @@ class TaskTrace:
         if len(found.ts):
             self._last_ns[stretch.cpu] = int(found.ts[-1])
         ids = found.ids()
-        switch, waking, fork = (found[np.flatnonzero(ids == form.id)] for form in self._forms.values())
-        parents, children = (_number(fork, self._forms[_FORK], name) for name in ("parent_pid", "child_pid"))
+        switch, waking, fork, *more = (found[np.flatnonzero(ids == form.id)] for form in self._forms.values())
+        for each in more:
+            self._take(each)
+        parents, children = (number_of(fork, self._forms[_FORK], name) for name in ("parent_pid", "child_pid"))
         self._forks += zip(parents.tolist(), children.tolist(), strict=True)
         return TaskChanges.concatenate([*self._switches(switch), self._wakings(waking)])
+
+    def _take(self, found: Located) -> None:
+        """Note the events that a subclass records beside those of the scheduler, of one of its kinds."""
 
     def _add_children(self) -> None:
         """Add the tasks that the program's tasks have started; rings are read in no order of time."""
@@ -155,23 +162,23 @@ class TaskTrace:
 
     def _switches(self, found: Located) -> list[TaskChanges]:
         form = self._forms[_SWITCH]
-        state = _number(found, form, "prev_state")
+        state = number_of(found, form, "prev_state")
         left = np.where(state & _READY == 0, TaskChange.PREEMPTED, TaskChange.SLEEPS)
         left = np.where(state & _GONE, TaskChange.ENDED, left)
         return [
-            TaskChanges(found.ts, _number(found, form, "prev_pid").astype(np.int32), left.astype(np.uint8)),
-            _all(TaskChange.RUNS, found, _number(found, form, "next_pid")),
+            TaskChanges(found.ts, number_of(found, form, "prev_pid").astype(np.int32), left.astype(np.uint8)),
+            _all(TaskChange.RUNS, found, number_of(found, form, "next_pid")),
         ]
 
     def _wakings(self, found: Located) -> TaskChanges:
-        return _all(TaskChange.WOKEN, found, _number(found, self._forms[_WAKING], "pid"))
+        return _all(TaskChange.WOKEN, found, number_of(found, self._forms[_WAKING], "pid"))
 
 
 def _all(change: TaskChange, found: Located, pid: Ints) -> TaskChanges:
     return TaskChanges(found.ts, pid.astype(np.int32), np.full(len(pid), change, np.uint8))
 
 
-def _number(found: Located, form: EventFormat, name: str) -> Ints:
+def number_of(found: Located, form: EventFormat, name: str) -> Ints:
     """Return an integer field's lowest four bytes, unsigned."""
     field = form.field(name)
     if field.size not in (4, 8) or field.offset % 4:

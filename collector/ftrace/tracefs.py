@@ -94,6 +94,18 @@ def write(path: Path, text: str) -> None:
         raise SourceError(f"{path}: the kernel refuses {text!r}: {error.strerror}") from error
 
 
+def append(path: Path, text: str) -> None:
+    """Add to the list in a tracefs file, in one write(2); raises `SourceError` with the path and the value."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise SourceError(f"{path}: the kernel refuses {text!r}: {error.strerror}") from error
+
+
 def remove_leftovers(root: Path) -> list[str]:
     """Remove the instances of runs that have ended, and return their names.
 

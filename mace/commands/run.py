@@ -64,6 +64,7 @@ class Options:
     no_rows: bool
     cpus: bool
     softirqs: bool
+    waiting: bool
     config: Path | None
     format: str
 
@@ -112,6 +113,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--softirqs",
         action="store_true",
         help="--cpus, and how long receive softirqs wait and whether ksoftirqd runs them (by ftrace; needs root)",
+    )
+    parser.add_argument(
+        "--waiting",
+        action="store_true",
+        help="also measure how much of each delivery the reader waited for a CPU (by ftrace; needs root)",
     )
     with_config(parser)
     with_format(parser)
@@ -175,6 +181,7 @@ def _configured(options: Options) -> Config:
         no_rows=options.no_rows,
         cpus=options.cpus or options.softirqs,
         softirqs=options.softirqs,
+        waiting=options.waiting,
         sinks=options.sinks,
         prometheus=options.prometheus,
         place=settings.lab_of(options.lab),

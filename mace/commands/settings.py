@@ -47,6 +47,7 @@ def configured(
     no_rows: bool = False,
     cpus: bool = False,
     softirqs: bool = False,
+    waiting: bool = False,
     sinks: SinkOptions | None = None,
     prometheus: str | None = None,
     place: lab.Lab | None = None,
@@ -68,6 +69,8 @@ def configured(
     if cpus:
         correlate = replace(settings.correlate, cpus=True, softirqs=softirqs or settings.correlate.softirqs)
         settings = replace(settings, correlate=correlate)
+    if waiting:
+        settings = replace(settings, correlate=replace(settings.correlate, waiting=True))
     if store:
         settings = replace(settings, store=replace(settings.store, path=str(store)))
     return settings

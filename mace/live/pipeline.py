@@ -27,6 +27,7 @@ from contracts.cpus import CpuReadings
 from contracts.errors import MaceError, SourceError
 from contracts.interfaces import Progress, Sink, Source, StreamHeader, StreamItem, StreamSink
 from contracts.results import Results
+from contracts.scheduling import ReadTasks
 from contracts.vitals import Vitals
 from correlator.engine import Engine, EngineConfig
 from correlator.feeder import Feeder
@@ -129,11 +130,13 @@ async def run(
     on_open: Callable[[StreamHeader], None] = lambda _: None,
     vitals: Vitals | None = None,
     only: Callable[[Results], Results] = lambda results: results,
+    tasks: ReadTasks | None = None,
 ) -> StreamHeader:
     """Run source -> correlator -> sinks until the source ends or `stop` is requested; returns the stream's header.
 
     `on_results` is called with each result after all sinks have accepted it. The run notes its progress in `vitals`;
     sinks that report it have to be made with the same object. `only` returns the part of each result to deliver.
+    `tasks` reads the tasks of containers, for an engine that counts their waiting.
     """
     vitals = vitals or Vitals()
     items: Channel[StreamItem] = Channel(_CHANNEL_ITEMS)
@@ -168,7 +171,8 @@ async def run(
                     await sink.write(chosen)
                 on_results(chosen)
 
-        feeder = Feeder(Engine(header.clock.offset_ns, engine), lambda: source.discarded, lambda: source.cost)
+        made = Engine(header.clock.offset_ns, engine)
+        feeder = Feeder(made, lambda: source.discarded, lambda: source.cost, tasks=tasks)
         await _supervise(source, stop, [deliver(), correlate(items, feeder, results), pump()])
         return header
 

@@ -31,6 +31,7 @@ from mace.live import pipeline
 from mace.live.cpu_readings import cpu_readings
 from mace.live.first import FirstThatOpens
 from mace.live.pipeline import Stop
+from mace.live.readers import readers
 from storage import SINKS, wanted_sinks
 from storage.shared import Alone
 
@@ -78,7 +79,11 @@ async def measure(
         on_open(header, source.told)
         opened.set()
 
-    async with cpu_readings(config.correlate) as cpus, _lasting(until, opened, stop):
+    async with (
+        cpu_readings(config.correlate) as cpus,
+        readers(config.correlate) as tasks,
+        _lasting(until, opened, stop),
+    ):
         await pipeline.run(
             source,
             _sinks(config, store, vitals, cpus, seal),
@@ -89,6 +94,7 @@ async def measure(
             on_open=begin,
             vitals=vitals,
             only=lambda results: source.only(results),  # noqa: PLW0108 - known once open
+            tasks=tasks,
         )
     summary.sinks = vitals.accounts
     return summary
@@ -115,7 +121,7 @@ async def observe(
         on_open(header, source.told)
         opened.set()
 
-    engine = replace(configured.live(config.correlate), crossings=True, rows=False, stages=False)
+    engine = replace(configured.live(config.correlate), crossings=True, rows=False, stages=False, waiting=False)
     async with _lasting(until, opened, stop):
         return await pipeline.run(source, [], engine=engine, stop=stop, tee=tee, on_results=on_results, on_open=begin)
 

@@ -84,12 +84,17 @@ def figure(summary: Summary, paths: Sequence[TypicalPath], series: Sequence[Seri
     return whole
 
 
-def write_png(drawn: Figure, path: Path) -> None:
-    """Write the figure as PNG with 150 dots per inch. Raises `MaceError` if the file cannot be written."""
+def png(drawn: Figure) -> bytes:
+    """Return the figure as PNG with 150 dots per inch."""
     data = io.BytesIO()
     with drawing():
         drawn.savefig(data, format="png", dpi=150)
-    _write(path, data.getvalue())
+    return data.getvalue()
+
+
+def write_png(drawn: Figure, path: Path) -> None:
+    """Write the figure as PNG. Raises `MaceError` if the file cannot be written."""
+    _write(path, png(drawn))
 
 
 def shown(label: str) -> str:

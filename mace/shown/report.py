@@ -244,5 +244,5 @@ def _bar(start: int, length: int, total: int, segment: Segment) -> Text:
     """Return a bar in `_BAR_WIDTH` cells, at least one cell long."""
     first = min(start * _BAR_WIDTH // total, _BAR_WIDTH - 1)
     last = max(first + 1, -(-(start + length) * _BAR_WIDTH // total))
-    style = {Segment.DEVICE: "cyan", Segment.DELIVERY: "magenta"}.get(segment, "dim")
+    style = {Segment.DEVICE: "cyan", Segment.DELIVERY: "magenta", Segment.WAITING: "magenta"}.get(segment, "dim")
     return Text(" " * first) + Text("█" * (min(last, _BAR_WIDTH) - first), style=style)

@@ -46,7 +46,7 @@ def overhead_table(summary: Summary) -> PlainTable:
 
 def device_table(summary: Summary) -> PlainTable:
     """Return a table of the delays per device and direction, in the order of the path."""
-    rows = summary.rows(Segment.DEVICE, Segment.OUTSIDE, Segment.DELIVERY)
+    rows = summary.rows(Segment.DEVICE, Segment.OUTSIDE, Segment.DELIVERY, Segment.WAITING)
     labels, owner = labels_of([k[0] for k, _ in rows]), summary.owners()
     table = _table("Device by device, in the order of the path, µs", ("device", "of", "kind", "counts as"), "packets")
     for direction, group in groupby(rows, key=lambda r: r[0][1]):

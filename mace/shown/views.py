@@ -303,12 +303,13 @@ def _spark(stretches: Mapping[int, Distribution]) -> list[list[int]]:
 
 
 def devices(store: StoreReader, asked: Asked) -> View:
-    """Return the rows of `mace report --json`: devices in the order of the path, overhead and delivery."""
+    """Return the rows of `mace report --json`: devices in the order of the path, delivery, overhead."""
     base = _base(store, asked)
     summary = store.summary(base.where, asked.source)
     columns: dict[str, list[Any]] = {name: [] for name in (*_PLACE, "counts_as", *_FIGURES)}
     curves = []
-    for key, delays in (*summary.rows(Segment.DEVICE, Segment.OUTSIDE, Segment.DELIVERY), *summary.overhead()):
+    shown = summary.rows(Segment.DEVICE, Segment.OUTSIDE, Segment.DELIVERY, Segment.WAITING)
+    for key, delays in (*shown, *summary.overhead()):
         _append(columns, _place(key) | delays.as_dict())
         curves.append(curve(delays))
     return View(columns, _noted(store, base.about(summary)) | {"curves": curves})

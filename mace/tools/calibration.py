@@ -87,6 +87,8 @@ class PaceCost:
     high_ns: float
     events: float
     """Records within a round trip."""
+    spread_ns: float = 0.0
+    """Standard deviation between rounds: how far one run's cost is from the mean. Files of older versions lack it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +120,13 @@ class Calibration:
     """Likewise."""
 
     def at(self, interval_s: float) -> Cost:
-        """Return the cost for requests at that distance: between two paces by the logarithm of the distance."""
+        """Return the cost for requests at that distance: between two paces by the logarithm of the distance.
+
+        Its error is that of one run, which finds the machine in one state of several, and not only that of the mean.
+        """
         x = np.log([max(each.interval_s, _SHORTEST_S) for each in self.paces])
         where = np.log(max(interval_s, _SHORTEST_S))
-        errors = [(each.high_ns - each.low_ns) / 2 / _TWO_SIGMA for each in self.paces]
+        errors = [np.hypot((each.high_ns - each.low_ns) / 2 / _TWO_SIGMA, each.spread_ns) for each in self.paces]
         value = np.interp(where, x, [each.per_event_ns for each in self.paces])
         # A cost below zero is an error of the measurement.
         return Cost(
@@ -336,7 +341,10 @@ def tables(found: Calibration) -> tuple[PlainTable, PlainTable]:
     """Return cost and term as tables for people."""
     cost = PlainTable(f"What tracing with {found.source} adds, by the distance of requests, µs")
     term = PlainTable("Host path term without the far end's part, µs")
-    for made, names in ((cost, ("per record", "95 %", "records", "round trip")), (term, ("term", "95 %", "pings"))):
+    for made, names in (
+        (cost, ("per record", "95 %", "records", "round trip", "between rounds")),
+        (term, ("term", "95 %", "pings")),
+    ):
         made.add_column("every")
         for name in names:
             made.add_column(name, justify="right", no_wrap=True)
@@ -347,6 +355,7 @@ def tables(found: Calibration) -> tuple[PlainTable, PlainTable]:
             f"{each.low_ns / 1000:.2f} … {each.high_ns / 1000:.2f}",
             f"{each.events:.0f}",
             f"{each.per_event_ns * each.events / 1000:.1f}",
+            f"±{each.spread_ns * each.events / 1000:.1f}",
         )
     for at in found.terms:
         ends = f"{at.low_ns / 1000:.1f} … {at.high_ns / 1000:.1f}"
@@ -432,7 +441,8 @@ class _Blocks:
             differences = np.array([traced[at] - untraced[at] for traced, untraced in pairs]) / events
             interval = intervals.of_rounds(partial(_mean, differences), len(differences))
             assert interval is not None
-            found.append(PaceCost(pace.interval_s, interval.estimate, interval.low, interval.high, events))
+            spread = float(np.std(differences, ddof=1))
+            found.append(PaceCost(pace.interval_s, interval.estimate, interval.low, interval.high, events, spread))
         return tuple(found)
 
 

@@ -219,6 +219,7 @@ class Corrected:
         """Return all samples as rows for a store or a database."""
         found, samples = self.corrections, self.samples
         paired = found.reason == Reason.PAIRED
+        cost_ns, error_ns = self.host.cost_and_error_ns if self.host else (NOT_TOLD, NOT_TOLD)
         rows = RoundTripRows(
             utc_ns=np.where(paired, found.sent_utc_ns, samples.stamp_utc_ns),
             seq=samples.seq,
@@ -231,6 +232,8 @@ class Corrected:
             reason=found.reason,
             temporal_error_ns=np.where(self.waited.known, self.waited.temporal_error_ns, NOT_TOLD),
             host_rtt_lower_bound_ns=found.host_rtt_lower_bound_ns,
+            tracer_cost_ns=np.where(paired, cost_ns, NOT_TOLD),
+            tracer_cost_error_ns=np.where(paired, error_ns, NOT_TOLD),
         )
         reasons = tuple(r.name.lower() for r in Reason)
         return RoundTrips(self.tool, self.container, self.netns, reasons, rows, self.container_id, self.destination)

@@ -30,6 +30,7 @@ from typing import Any, Final
 import numpy as np
 
 from contracts.arrays import Floats, Mask
+from contracts.schema import NOT_TOLD
 from correlator import intervals
 from correlator.correction import Corrections, Reason
 from correlator.samples import Samples
@@ -147,6 +148,13 @@ class HostRtt:
     def added_ns(self) -> float:
         """What is added to each sample's lower bound."""
         return self.term_ns - (self.cost_ns or 0.0)
+
+    @property
+    def cost_and_error_ns(self) -> tuple[int, int]:
+        """The tracer's cost, and the half width of its interval; `NOT_TOLD` twice if it is not known."""
+        if self.cost_ns is None or self.cost is None:
+            return NOT_TOLD, NOT_TOLD
+        return round(self.cost_ns), round((self.cost.high - self.cost.low) / 2)
 
     def around(self, mean: intervals.Interval) -> intervals.Interval:
         """Return a figure of host RTTs with the errors of term and cost in its interval, which has the samples' alone.

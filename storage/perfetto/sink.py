@@ -18,7 +18,7 @@ arrive; only a few numbers per track are kept in memory. docs/design/018-perfett
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 import numpy as np
@@ -99,7 +99,7 @@ class HostTracks:
         self._told_by = np.array([trace.text(text) for text in TOLD_BY])
         self._counts_as = np.zeros(len(Segment) + 1, np.int64)
         self._segment_category = np.zeros(len(Segment) + 1, np.int64)
-        for segment in Segment:
+        for segment in (each for each in Segment if each is not Segment.WAITING):
             self._counts_as[segment] = trace.text(COUNTS_AS[segment])
             self._segment_category[segment] = self._categories[segment.name.lower()]
 
@@ -116,6 +116,9 @@ class HostTracks:
 
     def hops(self, rows: Delays, told: HopFacts) -> None:
         """Write a slice for each row. Rows must be in time order, and at equal times in path order."""
+        slices = rows.segment != Segment.WAITING  # it is within the slice of the delivery
+        if not slices.all():
+            rows, told = rows[slices], HopFacts(*(getattr(told, f.name)[slices] for f in fields(HopFacts)))
         if not len(rows):
             return
         groups = np.array([entry.group for entry in self._entries], np.int64)
@@ -307,9 +310,8 @@ class HostTracks:
             parent = self._named(f"container/{device.container}", f"container {device.container}", self._root, 100)
         folder = self._named(f"delays/{device.container}", "delays", parent, 500)
         way = Direction(direction).name.lower()
-        what = {Segment.OVERHEAD: "overhead", Segment.DELIVERY: f"{device.name} delivery"}.get(
-            Segment(segment), device.name
-        )
+        reading = {each: f"{device.name} {each.name.lower()}" for each in (Segment.DELIVERY, Segment.WAITING)}
+        what = {Segment.OVERHEAD: "overhead", **reading}.get(Segment(segment), device.name)
         found = []
         rank = 1000 * (segment != Segment.OVERHEAD) + 100 * direction + 3 * min(number, 30)
         for place, (name, unit) in enumerate((("p50", UNIT_NS), ("p99", UNIT_NS), ("packets", UNIT_COUNT))):

@@ -30,6 +30,8 @@ from tests.unit.storage.stored import fill
 
 OLD = GOLDEN / "store-1" / "store"
 EXPECTED = json.loads((GOLDEN / "store-1" / "expected.json").read_text())
+NEWER = {"round_trips": dict.fromkeys(("tracer_cost_ns", "tracer_cost_error_ns"))}
+"""Columns that the old files lack, which are null."""
 
 
 def rows_of(store, table):
@@ -61,7 +63,7 @@ def store(tmp_path):
 @pytest.mark.parametrize("table", segments.TABLES)
 def test_an_old_store_is_read_as_it_is(table):
     # Wide windows are newer than stores of version 1.
-    assert rows_of(OLD, table) == EXPECTED.get(table, [])
+    assert rows_of(OLD, table) == [row | NEWER.get(table, {}) for row in EXPECTED.get(table, [])]
 
 
 def test_an_old_store_is_checked_and_its_seal_verified():

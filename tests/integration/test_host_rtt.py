@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from mace.lab import REMOTE, Spec, running
+from storage import sql
+from storage.query import StoreReader
 from tests.measuring import balanced, mace, start, wait_for
 
 pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow]
@@ -50,8 +52,8 @@ def probed(found, count):
 
 
 @pytest.mark.parametrize(("source", "family"), [pytest.param("bpf", 4, marks=pytest.mark.needs("bpf")), ("ftrace", 6)])
-def test_the_default_has_a_host_rtt(lab, source, family):
-    argv = ("--source", source, "--json", "-c", COUNT, "-i", "0.05")
+def test_the_default_has_a_host_rtt(lab, source, family, tmp_path):
+    argv = ("--source", source, "--json", "-c", COUNT, "-i", "0.05", "--store", tmp_path / "store")
     found = json.loads(ping(lab, *argv, address=lab.address(REMOTE, family)).stdout)
     term = probed(found, COUNT)
     assert found["paired"] == COUNT
@@ -61,6 +63,11 @@ def test_the_default_has_a_host_rtt(lab, source, family):
     else:
         assert term["tracer_cost_ns"] is None
         assert "mace calibrate" in found["no_tracer_cost"]
+    rows = sql.table(StoreReader(tmp_path / "store"), "SELECT * FROM round_trips WHERE reason = 'paired'").to_pylist()
+    assert {row["tracer_cost_ns"] for row in rows} == {term["tracer_cost_ns"]}
+    low, high = term["tracer_cost_ci95_ns"] or (None, None)
+    (error_ns,) = {row["tracer_cost_error_ns"] for row in rows}
+    assert error_ns is None if low is None else abs(2 * error_ns - (high - low)) <= 2
 
 
 def test_lines_have_what_is_known_by_then_and_the_measured_cost(lab):

@@ -1,6 +1,7 @@
 """A tool that has to wait for a CPU in a real container: the waits are found, and come out of the host RTT."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,17 @@ from contextlib import contextmanager
 import pytest
 
 from mace.lab import HOST, REMOTE, Spec, running
-from tests.measuring import MACE, mace, on_one_cpu, well_traced_cpu
+from mace.trials.experiment import load
+from tests.measuring import (
+    MACE,
+    TRACE_INSTANCES,
+    mace,
+    measured,
+    on_one_cpu,
+    trace_instances,
+    wait_for,
+    well_traced_cpu,
+)
 from tests.places import ROOT
 
 pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow]
@@ -157,3 +168,96 @@ def test_where_tasks_cannot_be_followed_pings_are_corrected_all_the_same(lab, tm
     said = " ".join(done.stdout.split())
     assert "waiting for a CPU is not known: ftrace: this process has a PID namespace of its own; give" in said
     assert "temporal error" not in said
+
+
+ECHO = """
+import socket, sys, time
+listening = socket.create_server((sys.argv[1], 7000))
+print("ready", flush=True)
+while True:
+    connection, _ = listening.accept()
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    while data := connection.recv(64):
+        time.sleep(0.004)
+        connection.send(data)
+"""
+READER = f"""
+import os, socket, sys
+sock = socket.create_connection((sys.argv[1], 7000))
+sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+print(os.getpid(), flush=True)
+sys.stdin.readline()
+for _ in range({COUNT}):
+    sock.send(bytes(32))
+    sock.recv(64)
+"""
+
+
+@contextmanager
+def beside_a_busy_process():
+    with in_the_way():
+        yield []
+
+
+@contextmanager
+def under_a_quota():
+    """A control group with a quota, which a busy loop beside the reader uses up."""
+    load.check("quota")
+    with load.applied("quota", os.environ, 60) as made:
+        yield ["sh", "-c", f'echo $$ >{made.group}/cgroup.procs && exec "$@"', "sh"]
+
+
+def follows(process, pid):
+    """Return whether a run of MACE follows the task."""
+    listed = (TRACE_INSTANCES / name / "set_event_pid" for name in trace_instances(process.pid))
+    return any(str(pid) in path.read_text().split() for path in listed)
+
+
+@pytest.mark.parametrize("source", ["ftrace", pytest.param("bpf", marks=pytest.mark.needs("bpf"))])
+@pytest.mark.parametrize("held_up", [beside_a_busy_process, under_a_quota])
+def test_a_delivery_says_how_much_of_it_was_waiting(lab, held_up, source, tmp_path):
+    """Figures, rows and windows of `mace run --waiting`, with a reader that gets too little of its CPU."""
+    address = lab.address(REMOTE)
+    with ended(lab.popen(REMOTE, [sys.executable, "-c", ECHO, address])) as server, held_up() as before:
+        assert server.stdout.readline() == "ready\n"
+        argv = [*before, *there(), sys.executable, "-c", READER, address]
+        with ended(lab.popen("c1", argv)) as reader:
+            pid = int(reader.stdout.readline())
+            with measured(lab, tmp_path, "--waiting", "--source", source) as run:
+                wait_for(lambda: follows(run.process, pid))
+                reader.stdin.write("\n")
+                reader.stdin.flush()
+                reader.wait(timeout=60)
+    (delivery,) = (row for row in run.found["delivery"] if row["container"] == "c1")
+    (waiting,) = (row for row in run.found["waiting"] if row["container"] == "c1")
+    assert delivery["count"] >= COUNT
+    assert delivery["count"] // 2 < waiting["count"] <= delivery["count"]  # some switches may lack a record
+    wholes, waits = ({row["packet"]: row for row in run.rows(segment=name)} for name in ("delivery", "waiting"))
+    assert len(waits) == waiting["count"]
+    for packet, row in waits.items():
+        assert (row["utc_ns"], row["device"]) == (wholes[packet]["utc_ns"], wholes[packet]["device"])
+        assert 0 <= row["delay_ns"] <= wholes[packet]["delay_ns"]
+    long = [packet for packet in waits if wholes[packet]["delay_ns"] > 1_000_000]
+    assert long
+    assert 2 * sum(waits[packet]["delay_ns"] for packet in long) > sum(wholes[packet]["delay_ns"] for packet in long)
+    in_windows = "SELECT sum(count), sum(sum_ns) FROM windows WHERE segment = 'waiting' AND width_s = 1"
+    assert run.query(in_windows) == [(len(waits), sum(row["delay_ns"] for row in waits.values()))]
+    with_readers = mace("report", "--store", run.store)
+    assert "in delivery" in with_readers.stdout
+
+
+def test_without_being_asked_no_task_is_followed(lab, tmp_path):
+    with measured(lab, tmp_path, "--source", "ftrace") as run:
+        names = trace_instances(run.process.pid)
+        lab.ping("c1", count=2)
+    assert len(names) == 1  # the source's own
+    assert "waiting" not in run.found
+
+
+def test_a_run_that_cannot_follow_tasks_says_why(lab):
+    done = subprocess.run(
+        ["unshare", "--pid", "--fork", "--mount-proc", *MACE, "run", "--waiting", "--no-store", "--duration", "1"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "this process has a PID namespace of its own" in done.stderr

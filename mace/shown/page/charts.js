@@ -186,7 +186,7 @@
     const groups = new Map();
     for (const row of mace.rows(view)) {
       if (row.segment === "overhead") continue;
-      const name = mace.printable(`${row.device}${row.segment === "delivery" ? " delivery" : ""}`);
+      const name = mace.printable(`${row.device}${["delivery", "waiting"].includes(row.segment) ? ` ${row.segment}` : ""}`);
       const key = `${row.host} ${row.container} ${row.netns} ${name} ${row.direction}`;
       const group = groups.get(key) || { name, direction: row.direction, x: [], y: [] };
       if (row.longer_share > 0) {
@@ -237,7 +237,7 @@
     const scale = (width - left - 80) / total;
     const picture = node("svg", { viewBox: `0 0 ${width} ${hops.length * row}`, width, height: hops.length * row, role: "img", "aria-label": label });
     hops.forEach((hop, i) => {
-      const name = mace.printable(hop.segment === "delivery" ? "to the reader" : hop.device);
+      const name = mace.printable({ delivery: "to the reader", waiting: "waiting for a CPU" }[hop.segment] || hop.device);
       const [x, w] = [left + Math.max(hop.start_ns, 0) * scale, Math.max(hop[length] * scale, 2)];
       picture.append(
         node("text", { x: left - 8, y: i * row + 15, "text-anchor": "end" }, name.length > 17 ? `${name.slice(0, 16)}…` : name, node("title", {}, name)),
@@ -248,7 +248,7 @@
     place.append(picture);
   };
 
-  const kind = (hop) => ({ device: "device", outside: "outside", delivery: "delivery" })[hop.segment] || "device";
+  const kind = (hop) => ({ device: "device", outside: "outside", delivery: "delivery", waiting: "delivery" })[hop.segment] || "device";
 
   // The path as what it is: network namespaces as boxes, devices in them in order, with the median delay at each.
   mace.drawPath = (place, hops, label) => {

@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -28,6 +27,8 @@ from mace.trials.rounds import dithered, interval_text, machine_text, median_us
 
 KINDS: Final = {False: "untraced", True: "traced"}
 """Which pings a row with that value of `traced` compares with."""
+GOALS_US: Final = {"flood": 1, "10ms": 3, "50ms": 4, "200ms": 4, "1s": 4}
+"""Largest difference between the corrected RTT and ping on the host that is aimed at, by pace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +62,28 @@ class Figures:
 
     def tables(self, console: Console) -> None:
         """Print the result as tables for people."""
+        for grid in self.grids():
+            console.print(_printed(grid))
+        for text in self.remarks():
+            console.print(text)
+
+    def grids(self) -> list[Grid]:
+        """Return the tables for people."""
         rows = self.rows()
         truth = [row for row in rows if not row["traced"]]
-        console.print(_main_table(truth))
-        console.print(_steps_table(rows))
         loaded = [row for row in truth if row["load"] != NO_LOAD]
-        if loaded:
-            console.print(_load_table(loaded))
-        for row in truth:
+        return [_main_table(truth), _steps_table(rows), *([_load_table(loaded)] if loaded else [])]
+
+    def remarks(self) -> list[str]:
+        """Return the lines below the tables: what is missing, the ledger, and the machine."""
+        told = []
+        for row in self.rows()[::2]:
             if not row["sent"]:
-                console.print(f"{_place(row)}: the container shares the host's network, so there is nothing to correct")
+                told.append(f"{_place(row)}: the container shares the host's network, so there is nothing to correct")
             if row["unpaired"]:
-                told = ", ".join(f"{count:,} {reason}" for reason, count in row["unpaired"].items())
-                console.print(f"unpaired at {_place(row)}: {told}")
-        console.print(self.ledger().line())
-        console.print(machine_text(self.machine))
+                counts = ", ".join(f"{count:,} {reason}" for reason, count in row["unpaired"].items())
+                told.append(f"unpaired at {_place(row)}: {counts}")
+        return [*told, self.ledger().line(), machine_text(self.machine)]
 
 
 def _row(cell: Cell, parts: Sequence[Repetition], *, traced: bool) -> dict[str, Any]:
@@ -209,55 +217,102 @@ def _number(value: float | None, form: str = ".1f") -> str:
     return "-" if value is None else format(value, form)
 
 
-def _table(title: str, columns: Sequence[str]) -> PlainTable:
-    table = PlainTable(title)
-    table.add_column("at")
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table's texts. The first column says where the figures of a row are from."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+_ON_PAGES: Final = ("repetitions", "goal")
+"""Columns for which a terminal has no room."""
+_PLACE_WIDTH: Final = 16
+
+
+def _printed(grid: Grid) -> PlainTable:
+    shown = [at for at, name in enumerate(grid.columns) if name not in _ON_PAGES]
+    table = PlainTable(grid.title)
+    table.add_column(grid.columns[0], min_width=_PLACE_WIDTH)
+    for at in shown[1:]:
+        table.add_column(grid.columns[at], justify="right", no_wrap=grid.columns[at] != "paired")
+    for row in grid.rows:
+        table.add_row(*(row[at] for at in shown))
     return table
 
 
-def _main_table(rows: Sequence[dict[str, Any]]) -> PlainTable:
+def _main_table(rows: Sequence[dict[str, Any]]) -> Grid:
     title = "Medians, µs: ping on the host and in the container with nothing tracing, and what `mace ping` prints"
-    columns = ("host", "container", "added", "95 %", "corrected", "difference", "95 %", "coverage", "paired")
-    table = _table(title, columns)
-    for row in rows:
-        table.add_row(
+    columns = (
+        "at",
+        "repetitions",
+        "host",
+        "container",
+        "added",
+        "95 %",
+        "corrected",
+        "difference",
+        "95 %",
+        "goal",
+        "coverage",
+        "paired",
+    )
+    cells = [
+        (
             _place(row),
+            f"{row['repetitions']:,}",
             *(_number(row[name]) for name in ("bare_p50_us", "container_p50_us")),
             _number(row["added_p50_us"], "+.1f"),
             interval_text(row["added_ci95_us"]),
             _number(row["corrected_p50_us"]),
             _number(row["diff_p50_us"], "+.1f"),
             interval_text(row["ci95_us"]),
+            f"±{GOALS_US[row['pace']]:g}" if row["load"] == NO_LOAD else "-",
             _number(row["coverage"], ".0%"),
             f"{row['paired']:,} of {row['sent']:,}",
         )
-    return table
+        for row in rows
+    ]
+    return Grid(title, columns, cells)
 
 
-def _steps_table(rows: Sequence[dict[str, Any]]) -> PlainTable:
+def _steps_table(rows: Sequence[dict[str, Any]]) -> Grid:
     title = "What tracing adds to ping, and the difference to the host's ping at each step, medians, µs"
-    table = _table(title, ("host traced", "added", "95 %", "container traced", "lower bound", "corrected", "to traced"))
-    for truth, traced in zip(rows[::2], rows[1::2], strict=True):
-        table.add_row(
+    columns = (
+        "at",
+        "host traced",
+        "added",
+        "95 %",
+        "taken out",
+        "container traced",
+        "lower bound",
+        "corrected",
+        "to traced",
+    )
+    cells = [
+        (
             _place(truth),
             _number(traced["bare_p50_us"]),
             _number(truth["tracer_cost_us"], "+.1f"),
             interval_text(truth["tracer_cost_ci95_us"]),
+            _number(truth["reported_tracer_cost_us"]),
             _number(traced["container_p50_us"]),
             _number(truth["plain_diff_p50_us"], "+.1f"),
             _number(truth["diff_p50_us"], "+.1f"),
             _number(traced["diff_p50_us"], "+.1f"),
         )
-    return table
+        for truth, traced in zip(rows[::2], rows[1::2], strict=True)
+    ]
+    return Grid(title, columns, cells)
 
 
-def _load_table(rows: Sequence[dict[str, Any]]) -> PlainTable:
+def _load_table(rows: Sequence[dict[str, Any]]) -> Grid:
     title = (
         "Beside a load, µs: difference to ping on the host that has a real-time priority, and what the kernel counts"
     )
     columns = (
+        "at",
         "host",
         "host starved",
         "corrected",
@@ -267,9 +322,8 @@ def _load_table(rows: Sequence[dict[str, Any]]) -> PlainTable:
         "throttled",
         "PSI cpu, io",
     )
-    table = _table(title, columns)
-    for row in rows:
-        table.add_row(
+    cells = [
+        (
             _place(row),
             _number(row["bare_p50_us"]),
             _number(row["starved_p50_us"]),
@@ -282,13 +336,15 @@ def _load_table(rows: Sequence[dict[str, Any]]) -> PlainTable:
                 "-" if ns is None else f"{ns / 1e9:.1f} s" for ns in (row["cpu_pressure_ns"], row["io_pressure_ns"])
             ),
         )
-    return table
+        for row in rows
+    ]
+    return Grid(title, columns, cells)
 
 
-def draw(found: Figures, path: Path) -> None:
-    """Draw distributions and differences to a PNG file. Raises `MissingExtra` without matplotlib."""
+def draw(found: Figures) -> bytes:
+    """Return distributions and differences as a PNG picture. Raises `MissingExtra` without matplotlib."""
     # matplotlib is an extra, and its import takes longer than most commands run.
-    from mace.shown.plots import write_png  # noqa: PLC0415
+    from mace.shown.plots import png  # noqa: PLC0415
     from mace.shown.round_plots import Bar, Curve, Panel, drawn  # noqa: PLC0415
 
     panels, bars = [], []
@@ -320,4 +376,4 @@ def draw(found: Figures, path: Path) -> None:
         bars_title="Difference to ping on the host with nothing tracing, median over repetitions, with 95 % intervals",
         note=f"{machine_text(found.machine)}\n{found.ledger().line()}",
     )
-    write_png(picture, path)
+    return png(picture)

@@ -156,7 +156,7 @@ class _Blocks:
         argv = [
             *(sys.executable, "-m", "mace", "ping", "--lab", lab.name, "--container", MEASURED, "--json"),
             *("--source", self.cell.source, *self.bench.ping_options),
-            *self._ping_arguments(),
+            *self._ping_arguments(corrected=True),
         ]
         return await self._said(argv, self.load.environment(lab.environment(MEASURED)))
 
@@ -181,8 +181,8 @@ class _Blocks:
     def _starved_host(self) -> None:
         self.bare["starved"] = asyncio.run(self._host_pings(["ping"]))
 
-    def _ping_arguments(self) -> list[str]:
-        count = self.bench.plan.count_of(self.cell)
+    def _ping_arguments(self, *, corrected: bool = False) -> list[str]:
+        count = self.bench.plan.count_of(self.cell, corrected=corrected)
         address = self.site.lab.address(REMOTE)
         return ["-n", "-c", str(count), "-i", f"{self.cell.interval_s:g}", "-W", "1", address]
 

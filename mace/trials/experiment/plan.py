@@ -19,10 +19,13 @@ PACES: Final = {"flood": 0.0, "10ms": 0.01, "50ms": 0.05, "200ms": 0.2, "1s": 1.
 COUNTS: Final = {"flood": 300, "10ms": 40, "50ms": 30, "200ms": 20, "1s": 10}
 """Pings per block. A block of seconds, because the machine changes by 20 µs within longer ones; 10 are the fewest
 whose median has an interval."""
+CORRECTED: Final = {"flood": 30_000, "10ms": 100, "50ms": 60, "200ms": 36, "1s": 34}
+"""Pings of `mace ping` per block: the fewest beside which it sends three probes from either side (one for five pings,
+ten a second), without which it prints no host RTT by probes."""
 REPETITIONS: Final = 20
 FLOODS: Final = 2
 QUICK_REPETITIONS: Final = 4
-QUICK_S: Final = 570.0
+QUICK_S: Final = 585.0
 """Time of a quick run, seconds, so that the command ends within ten minutes."""
 _PTP: Final = json.dumps(
     {
@@ -50,8 +53,10 @@ RUNTIMES: Final = {
 }
 """Name -> the runtime and its CNI configuration. Without one, Apptainer's containers are on the host's network."""
 _MOST_FLOODS: Final = 16
-_BLOCKS_OF_PINGS: Final = 5
-"""Blocks of a repetition that every load has: two of the host's pings around `mace ping`, and two others."""
+_OTHER_BLOCKS: Final = 4
+"""Blocks of pings beside those of `mace ping` that every load has: two of the host's around it, and two others."""
+_FLOOD_S: Final = 0.0001
+"""About how long a round trip of a flood takes."""
 _STARTS_S: Final = 6.0
 """Time to start what a repetition runs, seconds: `mace ping`, and the source twice."""
 
@@ -86,7 +91,7 @@ class Plan:
     """Largest number of flooding containers; all numbers from 0 are measured."""
     repetitions: int
     count: int | None
-    """Pings per block; None is the pace's own (`COUNTS`)."""
+    """Pings per block; None is the pace's own (`COUNTS`, `CORRECTED`)."""
     runtimes: tuple[str, ...]
     """Of `RUNTIMES`; each has a lab of its own."""
     source: str
@@ -132,14 +137,15 @@ class Plan:
             random.Random(f"{self.seed} {number}").shuffle(cells)
             yield from ((number, cell) for cell in cells)
 
-    def count_of(self, cell: Cell) -> int:
-        """Return the number of pings per block."""
-        return self.count or COUNTS[cell.pace]
+    def count_of(self, cell: Cell, *, corrected: bool = False) -> int:
+        """Return the number of pings per block, of `mace ping` or of the others."""
+        return self.count or (CORRECTED if corrected else COUNTS)[cell.pace]
 
     def seconds(self, cell: Cell) -> float:
         """Return about how long a repetition takes, in seconds, on a machine that is not busy."""
-        blocks = _BLOCKS_OF_PINGS + (self.load != NO_LOAD)
-        return blocks * self.count_of(cell) * cell.interval_s + _STARTS_S
+        blocks = _OTHER_BLOCKS + (self.load != NO_LOAD)
+        pings = blocks * self.count_of(cell) + self.count_of(cell, corrected=True)
+        return pings * (cell.interval_s or _FLOOD_S) + _STARTS_S
 
     def specs(self) -> dict[str, Spec]:
         """Return the specification of each runtime's lab: the measured container, and those that flood."""

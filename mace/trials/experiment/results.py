@@ -114,6 +114,19 @@ def opened(path: Path | None, settings: Mapping[str, Any], machine: dict[str, An
         yield found
 
 
+def read(path: Path) -> Results:
+    """Return the results in a file of any machine, which stays as it is. Raises `UsageError` if it is no such file."""
+    found = Results({})
+    try:
+        with path.open("rb", buffering=0) as file:
+            _load(found, file, path, {})
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    if not found.finished:
+        raise UsageError(f"{path}: has no finished repetition")
+    return found
+
+
 def _load(results: Results, file: FileIO, path: Path, settings: Mapping[str, Any]) -> None:
     if os.fstat(file.fileno()).st_size > _MAX_BYTES:
         raise UsageError(f"--results {path}: larger than {_MAX_BYTES:,} bytes, not the results of an experiment")
@@ -121,7 +134,7 @@ def _load(results: Results, file: FileIO, path: Path, settings: Mapping[str, Any
     lines = file.read().split(b"\n")
     whole, torn = lines[:-1], lines[-1]
     if not whole:
-        if torn:
+        if torn or not file.writable():
             raise UsageError(f"--results {path}: not the results of an experiment")
         results._write({"mace_experiment": _FORMAT, "settings": dict(settings), "machine": results.machine})
         return
@@ -132,7 +145,7 @@ def _load(results: Results, file: FileIO, path: Path, settings: Mapping[str, Any
             results.finished.append(Repetition(**{**values, "cell": cell_of(values["cell"])}))
         except (ValueError, TypeError, KeyError) as error:
             raise UsageError(f"--results {path}, line {at}: not a repetition of an experiment ({error})") from None
-    if torn:
+    if torn and file.writable():
         file.truncate(sum(len(line) + 1 for line in whole))
         results.remarks.append(f"{path}: the last line was cut short; its repetition is measured again")
 

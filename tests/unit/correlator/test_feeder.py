@@ -6,11 +6,13 @@ import numpy as np
 
 from contracts.hooks import Hook
 from contracts.interfaces import Progress
-from contracts.schema import HookCost
+from contracts.scheduling import Copies, TaskChange, TaskChanges, TaskReading
+from contracts.schema import Delays, HookCost, Segment
+from contracts.windowtable import WindowTable
 from correlator.engine import Engine, EngineConfig
 from correlator.feeder import Feeder, SliceLimit
 from tests.durations import MS
-from tests.traffic import REQUEST, Tape, topology
+from tests.traffic import REPLY, REQUEST, Tape, topology
 
 PACKETS, CUT = 40, 60
 NO_SLICES = EngineConfig(slice_ns=1 << 60)
@@ -104,3 +106,78 @@ def test_an_unpickled_feeder_continues():
         fed += feeder.take(item)
     assert [one.totals.ledger.discarded for one in fed] == list(range(1, len(fed) + 1)) != []
     assert rows([*fed, feeder.finish()]) == rows(Feeder(Engine(0, NO_SLICES)).run(stream()))
+
+
+READER, INODE = 4711, 11
+"""A task of the first container."""
+
+
+def delivered():
+    """Return a stream of delivered packets, when each was copied, and the reader's changes: it waits 1 µs, 2, 3, ..."""
+    tape, copied, changes = Tape(), [], []
+    steps = [*(100 * n for n in range(len(REPLY.split()))), 1 * MS, 1 * MS + 100]
+    for n in range(PACKETS):
+        copied.append(1_000 * MS + 100 * MS * n + 1 * MS)
+        tape.packet(f"{REPLY} D c", 1_000 * MS + 100 * MS * n, step=steps, skb=n + 1)
+        changes += [(copied[-1] - 1000 * (n + 1) - 500, TaskChange.WOKEN), (copied[-1] - 500, TaskChange.RUNS)]
+        changes.append((copied[-1] + 500, TaskChange.SLEEPS))
+    return [topology(), tape.batch()], copied, changes
+
+
+class Tracer:
+    """Reads the tasks once: all of it, with the first reading that asks for the container's namespace."""
+
+    def __init__(self, copied, changes):
+        self.asked, self.left = (
+            [],
+            TaskReading(
+                TaskChanges(
+                    np.array([at for at, _ in changes]),
+                    np.full(len(changes), READER, np.int32),
+                    np.array([change for _, change in changes], np.uint8),
+                ),
+                Copies(
+                    np.array(copied), np.full(len(copied), READER, np.int32), np.full(len(copied), INODE, np.uint64)
+                ),
+                (),
+            ),
+        )
+
+    def read(self, netns):
+        self.asked.append(netns)
+        found = self.left
+        self.left = TaskReading(TaskChanges.empty(), Copies.empty(), ())
+        return found
+
+
+def waits(**config):
+    items, copied, changes = delivered()
+    tracer = Tracer(copied, changes)
+    fed = list(Feeder(Engine(0, EngineConfig(**config)), tasks=tracer.read).run(items))
+    rows = Delays.concatenate([each.rows.delays for each in fed])
+    windows = WindowTable.concatenate([each.rows.windows for each in fed])
+    return rows, [w for w in windows if w.width_s == 1 and w.segment is Segment.WAITING], tracer
+
+
+def test_the_readers_waits_are_rows_and_windows():
+    rows, windows, tracer = waits(waiting=True)
+    assert set(tracer.asked) == {frozenset({11, 12})}
+    whole, waited = (rows[rows.segment == each] for each in (Segment.DELIVERY, Segment.WAITING))
+    assert waited.delay_ns.tolist() == [1000 * n for n in range(1, PACKETS + 1)]
+    for name in ("utc_ns", "packet", "device", "direction", "position"):
+        assert getattr(waited, name).tolist() == getattr(whole, name).tolist()
+    assert [w.sum_ns for w in windows] == [
+        sum(1000 * n for n in range(first, first + 10)) for first in range(1, PACKETS, 10)
+    ]
+
+
+def test_windows_have_the_waits_where_rows_are_not_wanted():
+    rows, windows, _ = waits(waiting=True, rows=False)
+    assert len(rows) == 0
+    assert sum(w.count for w in windows) == PACKETS
+
+
+def test_without_being_asked_an_engine_reads_no_tasks():
+    rows, windows, tracer = waits()
+    assert tracer.asked == windows == []
+    assert Segment.WAITING not in rows.segment

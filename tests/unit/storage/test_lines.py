@@ -236,6 +236,8 @@ def test_round_trips():
             ingress_ns=np.array([8_000, 8_000, 0, 0]), grade=np.array([3, 3, 0, 0], "u1"),
             reason=np.array([0, 0, 1, 1], "u1"), temporal_error_ns=np.array([0, NOT_TOLD, NOT_TOLD, NOT_TOLD]),
             host_rtt_lower_bound_ns=np.array([70_000, 75_000, 0, 0]),
+            tracer_cost_ns=np.array([2_000, NOT_TOLD, NOT_TOLD, NOT_TOLD]),
+            tracer_cost_error_ns=np.array([700, NOT_TOLD, NOT_TOLD, NOT_TOLD]),
         ),
     )  # fmt: skip
     lines = stream()
@@ -244,9 +246,10 @@ def test_round_trips():
     bound = "host_rtt_lower_bound_ns"
     rest = "egress_ns=12000i,ingress_ns=8000i"
     first = f"seq=1i,tool_rtt_ns=90000i,host_rtt_ns=72000i,{bound}=70000i,nic_rtt_ns=50000i,{rest}"
+    cost = "tracer_cost_ns=2000i,tracer_cost_error_ns=700i"
     further = f"seq=1i,tool_rtt_ns=95000i,{bound}=75000i,nic_rtt_ns=55000i,{rest}"
     assert list(lines.round_trips(trips)) == [
-        f"{paired} {first},temporal_error_ns=0i {START_NS}\n",
+        f"{paired} {first},temporal_error_ns=0i,{cost} {START_NS}\n",
         f"{paired},slot=1 {further} {START_NS}\n",
         f"{common},reason=no_reply seq=2i {START_NS + 5}\n",
     ]

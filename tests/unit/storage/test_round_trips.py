@@ -39,7 +39,8 @@ def test_every_sample_is_a_row(path):
     assert len(found) == COUNT
     assert [row["utc_ns"] for row in found[:-1]] == rows.utc_ns[:-1].tolist()
     assert found[-1]["utc_ns"] == START_NS, "without a time of its own: when the run began"
-    for name in ("host_rtt_ns", "host_rtt_lower_bound_ns", "nic_rtt_ns", "egress_ns", "ingress_ns"):
+    figures = ("host_rtt_ns", "host_rtt_lower_bound_ns", "nic_rtt_ns", "egress_ns", "ingress_ns")
+    for name in (*figures, "tracer_cost_ns", "tracer_cost_error_ns"):
         assert [row[name] for row in found[:-2]] == getattr(rows, name)[:-2].tolist()
         assert [row[name] for row in found[-2:]] == [None, None]
     assert [row["tool_rtt_ns"] for row in found] == [*rows.tool_rtt_ns[:-2].tolist(), None, None]

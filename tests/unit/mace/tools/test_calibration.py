@@ -1,8 +1,10 @@
 """Kept calibrations: costs and terms between two paces, stale, of another kernel or host, damaged."""
 
 import json
+import statistics
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from contracts.clock import ClockPair
@@ -11,7 +13,7 @@ from contracts.hooks import Hook
 from contracts.interfaces import StreamHeader
 from correlator import intervals
 from mace.tools import calibration
-from mace.tools.calibration import Calibration, PaceCost, PaceTerm, keep, kept, kept_for
+from mace.tools.calibration import Calibration, Pace, PaceCost, PaceTerm, _Blocks, keep, kept, kept_for, place
 
 SIX = [(Hook.NETIF_RX,) * 6]
 
@@ -139,3 +141,37 @@ def test_a_place_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv("MACE_CALIBRATION", str(tmp_path / "file" / "cost.json"))
     with pytest.raises(Unavailable, match="MACE_CALIBRATION"):
         keep(made())
+
+
+def test_the_error_of_one_run_contains_the_spread_between_rounds():
+    alone = made()
+    wide = replace(alone, paces=tuple(replace(each, spread_ns=300.0) for each in alone.paces))
+    for interval_s in (0, 0.01, 0.05, 1, 60):
+        at, less = wide.at(interval_s), alone.at(interval_s)
+        assert at.per_record_ns == less.per_record_ns
+        assert at.error_ns >= 300 > less.error_ns
+        whole, its = wide.of_round_trip(interval_s), alone.of_round_trip(interval_s)
+        assert whole.estimate == its.estimate
+        assert whole.high - whole.low > its.high - its.low
+    first = wide.at(0)
+    assert first.error_ns == pytest.approx(np.hypot(50 / 1.96, 300))
+
+
+def test_a_calibration_without_a_spread_is_read():
+    before = made()
+    keep(before)
+    path = place()
+    told = json.loads(path.read_text())
+    for pace in told["sources"]["bpf"]["paces"]:
+        del pace["spread_ns"]
+    path.write_text(json.dumps(told))
+    assert kept("bpf") == (before, "")
+
+
+def test_the_spread_is_that_of_the_rounds():
+    blocks = _Blocks(None, (Pace(0.05, 12),))
+    traced, untraced = [60_000.0, 90_000.0, 75_000.0, 66_000.0], [50_000.0, 52_000.0, 53_000.0, 55_000.0]
+    blocks.traced, blocks._untraced, blocks._events = [[at] for at in traced], [[at] for at in untraced], [[5, 5]]
+    (found,) = blocks.costs()
+    assert found.spread_ns == pytest.approx(statistics.stdev(a - b for a, b in zip(traced, untraced, strict=True)) / 5)
+    assert found.low_ns <= found.per_event_ns <= found.high_ns

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from contracts.hooks import Hook
-from contracts.schema import HookCost
+from contracts.schema import NOT_TOLD, HookCost
 from correlator import intervals
 from mace.tools.calibration import counted
 from mace.tools.host_path import Probe
@@ -45,6 +45,10 @@ def test_the_parts_of_the_term_and_the_cost():
     told = found.as_dict()
     assert (told["term_ns"], told["tracer_cost_ns"], told["tracer_cost_by"]) == (21_500, 6_000, "calibration")
     assert (told["added_ns"], told["probes"]) == (15_500, [4, 4])
+    wide = estimate(samples(), both(4), cost(error_ns=100))
+    cost_ns, error_ns = wide.cost_and_error_ns
+    assert cost_ns == 6_000
+    assert error_ns == pytest.approx(1.96 * 6 * 100, rel=0.1)
 
 
 def test_a_far_end_on_another_machine_is_not_in_the_term():
@@ -65,6 +69,7 @@ def test_an_unknown_cost_is_said_and_not_subtracted():
     assert (found.cost_ns, found.cost, found.added_ns) == (None, None, 21_500)
     assert "not known and not subtracted" in found.line()
     assert found.as_dict()["tracer_cost_ns"] is None
+    assert found.cost_and_error_ns == (NOT_TOLD, NOT_TOLD)
 
 
 @pytest.mark.parametrize("few", [both(2), probes(20), probes(20, inside=True), []])

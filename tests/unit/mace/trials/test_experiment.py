@@ -6,12 +6,16 @@ import os
 import resource
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import rich.console
 
 from contracts.errors import StoreError, UsageError
 from contracts.ledger import Ledger
+from mace.tools.host_probes import MOST_A_SECOND, SAMPLES_A_PROBE
+from mace.tools.host_rtt import FEWEST
+from mace.trials.experiment import page
 from mace.trials.experiment import plan as plans
 from mace.trials.experiment.figures import Figures
 from mace.trials.experiment.measuring import repetition
@@ -64,6 +68,16 @@ def test_all_paces_of_a_quick_run_fit_into_its_time():
     """Repetitions that do not fit are left out, so that this is no promise, but the plan is for all of them."""
     quick = replace(PLAN, paces=tuple(plans.PACES), flood=0, repetitions=plans.QUICK_REPETITIONS)
     assert sum(quick.seconds(cell) for _, cell in quick.order()) < 600
+
+
+def test_every_pace_has_the_pings_that_probes_need():
+    """Three of either side, of which a burst has three; see `mace.tools.host_probes`."""
+    for cell in replace(PLAN, paces=tuple(plans.PACES), flood=0).cells():
+        count = PLAN.count_of(cell, corrected=True)
+        seconds = count * (cell.interval_s or plans._FLOOD_S)
+        assert min(count // SAMPLES_A_PROBE, seconds * MOST_A_SECOND) >= 2 * FEWEST
+        assert PLAN.count_of(cell) <= count
+        assert replace(PLAN, count=12).count_of(cell, corrected=True) == 12
 
 
 def test_results_are_kept_and_continued(tmp_path):
@@ -274,3 +288,103 @@ def test_a_host_rtt_with_the_host_path_term():
 def test_too_few_samples_have_no_median():
     one = of(told(samples={"host_rtt_ns": 40_000}, statistics={"host_rtt_ns": {"median": None}}))
     assert (one.median, one.plain, one.without_waiting, one.corrected) == (None, None, None, [40_000])
+
+
+def cells_of(text):
+    """The cells of a Markdown page's first table."""
+    return [line.strip("|\n").split(" | ") for line in text.splitlines() if line.startswith("|")]
+
+
+def test_a_page_has_the_tables_and_the_picture(tmp_path):
+    beside = replace(CELL, pace="1s", load="quota")
+    found = Figures([made(n, cell) for cell in (CELL, beside) for n in range(3)], MACHINE)
+    for name in ("page.md", "page.html"):
+        page.write(found, tmp_path / name)
+    told = (tmp_path / "page.md").read_text()
+    assert "![" in told
+    assert "](page.png)" in told
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+    (columns, _, flood, *_) = cells_of(told)
+    assert dict(zip(map(str.strip, columns), map(str.strip, flood), strict=True)) == {
+        "at": "flood, 0 flooding, ftrace",
+        "repetitions": "3",
+        "host": "60.0",
+        "container": "90.0",
+        "added": "+30.0",
+        "95 %": "+2.0 … +2.0",
+        "corrected": "62.0",
+        "difference": "+2.0",
+        "goal": "±1",
+        "coverage": "100%",
+        "paired": "60 of 63",
+    }
+    html = (tmp_path / "page.html").read_text()
+    for grid in found.grids():
+        assert grid.title in told
+        assert grid.title.replace("'", "&#x27;") in html
+        for cell in (cell for row in grid.rows for cell in row):
+            assert cell in html
+    assert len(found.grids()) == 3  # the last is of the load
+    assert 'src="data:image/png;base64,' in html
+    assert "http" not in html
+
+
+def test_a_page_that_is_there_gets_the_main_table_between_its_marks(tmp_path):
+    results, there = tmp_path / "results", tmp_path / "there.md"
+    with opened(results, SETTINGS, MACHINE) as found:
+        found.add(made())
+    before = results.read_bytes()[:-1]
+    results.write_bytes(before + b"\n{")  # as a killed run leaves it
+    there.write_text(f"above\n{page.BEGIN}\nold\n{page.END}\nbelow\n")
+    for _ in range(2):
+        assert page.main([str(results), str(there)]) == 0
+        told = there.read_text()
+        assert told.startswith(f"above\n{page.BEGIN}\n")
+        assert told.endswith(f"\n{page.END}\nbelow\n")
+        assert "old" not in told
+        assert cells_of(told)[2][0].strip() == "flood, 0 flooding, ftrace"
+        assert "z80" in told
+    assert results.read_bytes() == before + b"\n{"
+    assert (tmp_path / "there.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("results", "text", "why"),
+    [
+        ("{}\n", "", "not the results of an experiment"),
+        ("", "", "not the results of an experiment"),
+        (None, f"{page.BEGIN}\n", "has no lines"),
+        (None, None, "cannot be read"),
+    ],
+)
+def test_what_cannot_be_put_into_a_page_is_said_and_changes_nothing(tmp_path, capsys, results, text, why):
+    source, there = tmp_path / "results", tmp_path / "there.md"
+    with opened(source, SETTINGS, MACHINE) as found:
+        found.add(made())
+    if results is not None:
+        source.write_text(results)
+    if text is not None:
+        there.write_text(text)
+    assert page.main([str(source), str(there)]) == 1
+    assert why in capsys.readouterr().err
+    assert [each.name for each in sorted(tmp_path.iterdir())] == [
+        "results",
+        *(["there.md"] if text is not None else []),
+    ]
+
+
+def test_a_page_is_markdown_or_html():
+    with pytest.raises(UsageError, match=r"has to end in \.html or \.md"):
+        page.check(Path("page.pdf"))
+
+
+def test_a_terminal_shows_where_the_figures_are_from():
+    """Also where intervals are wide."""
+    far = replace(CELL, pace="200ms", far_end="guest", runtime="apptainer-ptp", flood_containers=2)
+    untraced = [{"untraced": [us * 1000] * 40, "traced": [64_000] * 20} for us in (100, 900, 400)]
+    printed = rich.console.Console(file=io.StringIO(), width=120)
+    Figures([made(n, far, bare=bare) for n, bare in enumerate(untraced)], MACHINE).tables(printed)
+    text = " ".join(printed.file.getvalue().split())
+    for word in ("200ms,", "apptainer-ptp,", "guest"):
+        assert word in text
+    assert "60 of" in text
