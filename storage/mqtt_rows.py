@@ -5,13 +5,17 @@
 Each message is self-contained: it names host, run and devices, and any Arrow library reads it. Only the broker
 acknowledges messages (the raw stream has more, see `storage.mqtt`): a message that the broker loses is lost, and after
 an outage a message may arrive twice. The schema's metadata therefore has `run` and `number`, which increases by one.
+
+With several brokers each has a buffer, a spool and an account of its own, so that one that is away holds up the rows of
+its own hosts alone.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
+from pathlib import Path
 from typing import Final
 
 import pyarrow as pa
@@ -20,12 +24,13 @@ from contracts.config import Config, MqttRowsConfig
 from contracts.errors import ConfigError, WireError
 from contracts.interfaces import Status, StreamHeader
 from contracts.results import Results
+from contracts.schema import RoundTrips
 from contracts.topics import host_of_results, results_topic
 from contracts.vitals import Vitals
 from storage import tables
 from storage.broker import Brokers, Connection, MqttError
 from storage.running_sink import Delivered, Encoded, RunningSink, TryLaterError
-from storage.shared import HostResults, SharedRunningSink
+from storage.shared import HostResults, HostSink, SharedRunningSink
 from storage.spool import Frame
 
 NAME: Final = "mqtt"
@@ -129,8 +134,84 @@ def check(config: Config) -> Status:
     return Status(True, f"publishes {config.sinks.mqtt.publish} to {config.mqtt.broker}")
 
 
-def make(config: Config, vitals: Vitals) -> SharedRunningSink:
+class HostSinkByBroker:
+    """A `Sink` for one stream, which writes to the running sink of its host's broker."""
+
+    def __init__(self, brokers: Brokers, running: Mapping[str, RunningSink[HostResults]]) -> None:
+        self._brokers, self._running = brokers, running
+        self._chosen: HostSink | None = None
+
+    async def open(self, header: StreamHeader) -> None:
+        """Choose the broker by the stream's host."""
+        self._chosen = HostSink(self._running[self._brokers.of(header.host).address])
+        await self._chosen.open(header)
+
+    async def write(self, results: Results | RoundTrips) -> None:
+        """Pass results to the running sink; never waits for a broker."""
+        assert self._chosen is not None
+        await self._chosen.write(results)
+
+    async def aclose(self) -> None:
+        """Announce the stream's end."""
+        if self._chosen is not None:
+            await self._chosen.aclose()
+
+
+class SinksByBroker:
+    """A `SharedSink` with a running sink for each of several brokers.
+
+    `left` are running sinks of spools that a run with other brokers has left. They get nothing new, and deliver their
+    messages to the brokers that the hosts have now.
+    """
+
+    def __init__(
+        self,
+        brokers: Brokers,
+        running: Mapping[str, RunningSink[HostResults]],
+        left: Sequence[RunningSink[HostResults]] = (),
+    ) -> None:
+        """`running`: by the broker's address."""
+        self._brokers, self._running = brokers, running
+        self._all = (*running.values(), *left)
+
+    async def open(self) -> None:
+        """Open the running sinks (`RunningSink.open`); if one cannot be opened, those that are open are closed."""
+        async with AsyncExitStack() as opened:
+            for sink in self._all:
+                await sink.open()
+                opened.push_async_callback(sink.aclose)
+            opened.pop_all()
+
+    def stream(self) -> HostSinkByBroker:
+        """Return a sink for one stream."""
+        return HostSinkByBroker(self._brokers, self._running)
+
+    async def aclose(self) -> None:
+        """Close all running sinks at once, so that their waits for brokers do not add up. Raises the first error."""
+        for end in await asyncio.gather(*(sink.aclose() for sink in self._all), return_exceptions=True):
+            if isinstance(end, BaseException):
+                raise end
+
+
+def make(config: Config, vitals: Vitals) -> SharedRunningSink | SinksByBroker:
     """Return the configured sink. Raises `ConfigError`."""
-    own = config.sinks.mqtt
-    target = RowsTarget(Brokers(config.mqtt), own)
-    return SharedRunningSink(RunningSink[HostResults](NAME, target, own, vitals.account(NAME), patient=not vitals.live))
+    own, brokers = config.sinks.mqtt, Brokers(config.mqtt)
+
+    def running(name: str) -> RunningSink[HostResults]:
+        return RunningSink(name, RowsTarget(brokers, own), own, vitals.account(name), patient=not vitals.live)
+
+    names = {each.address: f"{NAME}@{each.host}:{each.port}" for each in brokers.all}
+    if len(names) == 1:
+        names = dict.fromkeys(names, NAME)
+    left = sorted({NAME, *_spools(own.spool)} - set(names.values())) if own.spool else []
+    sinks = {address: running(name) for address, name in names.items()}
+    others = [running(name) for name in left if (Path(own.spool) / name).is_dir()]
+    if len(sinks) == 1 and not others:
+        return SharedRunningSink(*sinks.values())
+    return SinksByBroker(brokers, sinks, others)
+
+
+def _spools(folder: str) -> Iterator[str]:
+    """Yield the names of spools that sinks of several brokers have made."""
+    for path in Path(folder).glob(f"{NAME}@*"):
+        yield path.name

@@ -251,6 +251,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "memory_cgroup": _memory_cgroup,
     "cgroup": _cgroup,
     "containerd": _containerd,
+    "containerd_events": containerd.missing_events,
     "bpftrace": _bpftrace,
     "rps": _rps,
     "schedstat": lambda: None if Path("/proc/self/schedstat").exists() else "this kernel has no CONFIG_SCHED_INFO",

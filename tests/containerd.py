@@ -1,12 +1,16 @@
 """A containerd of the tests' own, which runs pods without a kubelet: the tests call its CRI socket as a kubelet does.
 
 The CNI plugin gives a pod's namespace no device: names need none.
+
+Debian 12's containerd 1.6 has no stream of events. That of Debian 13, which runs on Debian 12 too, is unpacked into the
+cache; nothing is installed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import socket
@@ -21,6 +25,7 @@ from collector.machine.cri import fields
 from collector.machine.grpc_calls import call
 from mace.lab import image
 from mace.lab.containerd import config_text, message
+from tests.kernel import kernels
 from tests.measuring import wait_for
 
 PROGRAMS: Final = ("containerd", "containerd-shim-runc-v2", "ctr", "runc", "busybox")
@@ -32,6 +37,7 @@ test "$CNI_COMMAND" = DEL || cat <<END
 END
 """
 _NETWORK: Final = """{"cniVersion": "0.4.0", "name": "none", "plugins": [{"type": "none"}]}"""
+_WITH_EVENTS: Final = ("containerd", ("trixie",))
 _NODE: Final = 2
 """NamespaceMode NODE: the host's network."""
 
@@ -39,6 +45,15 @@ _NODE: Final = 2
 def missing() -> str | None:
     """Return which program is missing, or None if none is."""
     return next((f"no program {name}" for name in PROGRAMS if not shutil.which(name)), None)
+
+
+def missing_events() -> str | None:
+    """Return why there is no containerd with a stream of events, or None if there is one."""
+    try:
+        kernels.unpacked(*_WITH_EVENTS)
+    except kernels.KernelUnavailable as error:
+        return str(error)
+    return None
 
 
 @dataclass
@@ -57,9 +72,9 @@ class Containerd:
         return next(value.decode() for number, value in fields(self.ask(method, request)) if number == 1)  # type: ignore[union-attr]
 
     @contextlib.contextmanager
-    def pod(self, name: str, *containers: str, host_network: bool = False) -> Iterator[str]:
+    def pod(self, name: str, *containers: str, host_network: bool = False, uid: str = "") -> Iterator[str]:
         """Run a pod NAMESPACE/POD with containers that sleep, in a control group as the kubelet's; yields its UID."""
-        uid, root = str(uuid.uuid4()), f"mace-test-{uuid.uuid4()}"
+        uid, root = uid or str(uuid.uuid4()), f"mace-test-{uuid.uuid4()}"
         context = message(f1=message(f1=_NODE if host_network else 0))
         namespace, pod = name.split("/")
         linux = message(f1=f"/{root}/kubepods/burstable/pod{uid}", f2=context)
@@ -120,11 +135,14 @@ class Containerd:
 
 
 @contextlib.contextmanager
-def running(place: Path, netns: str | Path) -> Iterator[Containerd]:
+def running(place: Path, netns: str | Path, *, events: bool = False) -> Iterator[Containerd]:
     """Run containerd in a network namespace (a name or a path), which is its pods' host network, with a busybox image.
 
-    Every file of it is in `place`, which is short: a unix socket's path has at most 107 bytes.
+    Every file of it is in `place`, which is short: a unix socket's path has at most 107 bytes. With `events` it is
+    containerd 1.7, which has a stream of events.
     """
+    programs = kernels.unpacked(*_WITH_EVENTS) / "usr/bin" if events else Path()
+    path = f"{programs}:{os.environ['PATH']}" if events else os.environ["PATH"]
     (place / "cni").mkdir(parents=True)
     for plugin in ("none", "loopback"):
         (place / "cni" / plugin).write_text(_PLUGIN, encoding="utf-8")
@@ -135,7 +153,7 @@ def running(place: Path, netns: str | Path) -> Iterator[Containerd]:
     log = (place / "containerd.log").open("wb")
     argv = ["nsenter", f"--net={Path('/run/netns') / netns}", "containerd", "--config", str(place / "config.toml")]
     with log:
-        process = subprocess.Popen(argv, stdout=log, stderr=log)
+        process = subprocess.Popen(argv, stdout=log, stderr=log, env={**os.environ, "PATH": path})
     daemon = Containerd(place / "containerd.sock")
 
     def ready() -> bool:

@@ -21,8 +21,10 @@ import platform
 import select
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
+
+import numpy as np
 
 from collector.ftrace import tracefs
 from collector.ftrace.rings import MmapRing, PageBuffer, ReadRing, Ring
@@ -37,7 +39,7 @@ from collector.pages.formats import parse_format, parse_header_page
 from contracts import clock
 from contracts.config import CaptureConfig
 from contracts.errors import SourceError, Unavailable
-from contracts.hooks import BY_TRACEPOINT, TRACEPOINTS, silent_on
+from contracts.hooks import ALONG, BY_TRACEPOINT, TRACEPOINTS, Way, silent_on
 from contracts.interfaces import Status, StreamHeader, StreamItem
 from contracts.records import Batch
 from contracts.schema import HookCost
@@ -56,6 +58,11 @@ _FILLED_PERCENT: Final = 10
 and no more than the heaviest flood brings between two ticks."""
 _FILLING: Final = 0.25
 """Share of a ring in one tick that shows that the tick came late: at 50 ms the heaviest flood fills a tenth."""
+_BARE: Final = frozenset({"ipip", "sit", "ip6tnl", "wireguard"})
+"""Kinds of devices whose packets have no link-layer header. `net_dev_queue` does not show that, and
+`net_dev_start_xmit` has 0 as the header's length, which is also that of a packet whose header nobody has set."""
+_ETHERNET_BYTES: Final = 14
+"""Header that the decoder subtracts from the length of every packet that is sent, unless the event has a length."""
 _SETTLE_S: Final = 0.01
 """Pause between switching the tracer off and the last reading, in which probes that are running still commit, s."""
 
@@ -161,6 +168,10 @@ class FtraceSource(RingSource):
         self._gathered: list[tuple[_Reading, Stretch]] = []
         self._filled = 0
         """Pages in the buffer that wait for decoding: those of `_gathered`."""
+        self._bare = np.empty(0, np.uint32)
+        """Sightings that are devices without a link-layer header, of the devices and sightings at the last look."""
+        self._bare_of: tuple[Device, ...] | None = None
+        self._bare_seen = 0
 
     # --- lifecycle ------------------------------------------------------------------------------
 
@@ -306,7 +317,20 @@ class FtraceSource(RingSource):
 
     def _taken(self, until_ns: int | None) -> Iterator[Batch]:
         batch = self._merger.flush() if until_ns is None else self._merger.take(until_ns)
-        yield from batch.pieces()
+        yield from self._whole(batch).pieces()
+
+    def _whole(self, batch: Batch) -> Batch:
+        """Give packets back the bytes that the decoder took for a link-layer header where a device has none."""
+        if self._bare_of is not self._devices or self._bare_seen < len(self._sightings):
+            self._bare_of, self._bare_seen = self._devices, len(self._sightings)
+            bare = {each.name for each in self._devices if each.kind in _BARE}
+            bare -= {each.name for each in self._devices if each.kind not in _BARE}
+            seen = self._sightings.snapshot() if bare else ()
+            self._bare = np.array([code for code, each in enumerate(seen) if each.name in bare], np.uint32)
+        if not len(self._bare) or not len(batch):
+            return batch
+        taken = np.isin(batch.dev, self._bare) & np.isin(batch.hook, ALONG[Way.TRANSMIT]) & (batch.l3_len > 0)
+        return replace(batch, l3_len=batch.l3_len + np.where(taken, _ETHERNET_BYTES, 0).astype(np.uint32))
 
     # --- the rings ------------------------------------------------------------------------------
 

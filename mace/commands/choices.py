@@ -15,7 +15,7 @@ RUNTIMES: Final = ("netns", "docker", "podman", "containerd", "apptainer")
 """Runtimes for the containers of a test network: `mace.lab.Runtime`."""
 EXPERIMENT_RUNTIMES: Final = (*RUNTIMES, "apptainer-ptp")
 """Runtimes that the experiment compares: `mace.trials.experiment.plan.RUNTIMES`."""
-LAYOUTS: Final = ("bridge", "overlay", "flannel", "calico", "ptp", "cilium")
+LAYOUTS: Final = ("bridge", "overlay", "flannel", "calico", "ptp", "ipip", "cilium", "netkit_l2", "netkit_l3")
 """Layouts of a test network: `mace.lab.Layout`."""
 OVERLAY: Final = "overlay"
 """The layout with two hosts: `mace.lab.Layout.OVERLAY`."""
@@ -53,7 +53,10 @@ SCENARIOS: Final = (
     "flannel",
     "calico",
     "ptp",
+    "ipip",
     "cilium",
+    "netkit_l2",
+    "netkit_l3",
     "loss_1",
     "loss_20",
     "sampling_8",

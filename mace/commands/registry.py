@@ -54,6 +54,7 @@ COMMANDS: Final = (
     Command("serve", "show a store or a recording in the browser, also beside a live run"),
     Command("query", "run SQL over a store"),
     Command("store check", "compare every segment of a store with its checksum, and read all rows"),
+    Command("store convert", "write a store's old segments anew, so that Apache Spark reads them"),
     Command("verify-seal", "compare a sealed recording or store with its seal, and name every difference"),
     Command("export perfetto", "write recordings as a Perfetto trace, a timeline of packets"),
     Command("export otlp", "write recordings as OpenTelemetry traces, a trace for each packet"),

@@ -48,6 +48,7 @@ def run(options: Options, console: Console) -> int:
         )
     if not 1 <= options.packets <= 20_000:
         raise UsageError(f"--packets {options.packets}: expected 1 to 20000")
+    from mace import lab
     from mace.commands import settings
     from mace.live import first
     from mace.trials.verify import verdict
@@ -60,6 +61,10 @@ def run(options: Options, console: Console) -> int:
     for scenario in (BY_NAME[name] for name in options.scenarios or SCENARIOS):
         if scenario.sample_shift and source == "ftrace":
             console.complain(f"mace: {scenario.name}: skipped, because source {source} does not sample")
+            continue
+        # A kernel that a scenario needs is no reason to play none; who names the scenario gets the error.
+        if not options.scenarios and (missing := lab.check(scenario.spec)) and not lab.check():
+            console.complain(f"mace: {scenario.name}: skipped, because {missing[0].why}")
             continue
         verdicts.append(verdict.verdict(scenario, configured, options.packets))
         if options.format == JSON:

@@ -4,10 +4,13 @@
     flannel   eth0 ─ veth ─ bridge ─ VXLAN over out0     the far end is a pod of the other node, 192.0.2.2
     calico    eth0 ─ veth ─ out0                         no bridge: a route to each pod, proxy ARP at its veth
     ptp       eth0 ─ veth ─ out0                         the gateway's address at each veth, and policy routes
+    ipip      eth0 ─ veth ─ IP in IP over out0           as calico, to a pod of the other node, 192.0.2.2
     cilium    eth0 ─ veth ─ out0                         as calico, and tc programs forward IPv4 past the host's stack
+    netkit_l2, netkit_l3
+              eth0 ─ netkit ─ out0                       as calico; no neighbours, and so no proxy ARP, in mode L3
 
-The addresses are those of `plan`; the other node of overlay and flannel has addresses of its own. Between pods and the
-far end no layout translates addresses: the remote has routes back.
+The addresses are those of `plan`; the other node of overlay, flannel and ipip has addresses of its own. Between pods
+and the far end no layout translates addresses: the remote has routes back.
 """
 
 from __future__ import annotations
@@ -19,13 +22,14 @@ from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
 from pathlib import Path
 from typing import Final
 
-from contracts.errors import LabError
-from mace.lab import netns, network
+from contracts.errors import LabError, Unavailable
+from mace.lab import netkit, netns, network
 from mace.lab.plan import (
     FAR_POD,
     HOST,
     HOST2,
     INNER_DEVICE,
+    NETKIT,
     REMOTE,
     TUNNELED,
     Layout,
@@ -35,6 +39,7 @@ from mace.lab.plan import (
     bridges,
     device_tag,
     far_host,
+    ipip_device,
     netns_name,
     outer_device,
     remote_device,
@@ -49,6 +54,8 @@ _VXLAN_PORT: Final = 8472
 """The kernel's default port, which flannel uses."""
 _VXLAN_BYTES: Final = 50
 """What VXLAN adds to an IP packet over IPv4: Ethernet 14, VXLAN 8, UDP 8, IP 20."""
+_IPIP_BYTES: Final = 20
+"""What IP in IP adds to an IP packet."""
 _OTHER_NODE: Final = (IPv4Interface("192.0.2.0/24"), IPv6Interface("2001:db8:2::/64"))
 """Pods' networks of the other node; the network's own address is the VXLAN device's, as with flannel."""
 
@@ -73,6 +80,22 @@ def programs(layout: Layout) -> tuple[str, ...]:
     }.get(layout, ())
 
 
+def problems(layout: Layout, env: Mapping[str, str]) -> list[Unavailable]:
+    """Return which devices of the layout the kernel refuses. To be run in a namespace that is then removed."""
+    kind = "netkit" if layout in NETKIT else "ipip" if layout is Layout.IPIP else ""
+    try:
+        if layout in NETKIT:
+            netkit.add("try-netkit", netkit.Mode.L3, Path("/proc/thread-self/ns/net"), "try-peer")
+        elif layout is Layout.IPIP:
+            netns.run(["ip", "link", "add", "name", "try-ipip", "type", "ipip", "local", "127.0.0.1"], env=env)
+    except (OSError, LabError) as error:
+        since = ", which Linux has since 6.7 (CONFIG_NETKIT)" if kind == "netkit" else ""
+        remedy = f"modprobe {kind}, or boot a kernel with it{since}"
+        why = f"the kernel makes no {kind} device ({str(error).splitlines()[-1]})"
+        return [Unavailable(f"lab --layout {layout}", why, remedy)]
+    return []
+
+
 def build_host(spec: Spec, env: Mapping[str, str]) -> None:
     """Make what the layout has in the host's and the remote's namespaces before there are containers."""
     if spec.layout in TUNNELED:
@@ -89,6 +112,10 @@ def build_host(spec: Spec, env: Mapping[str, str]) -> None:
         return
     (host4, host6), far = wire(HOST), remote_device(spec.name)
     net4, net6 = bridge_networks()
+    if spec.layout is Layout.IPIP:
+        for member in (HOST, REMOTE):
+            network.batch(spec.name, member, _ip_in_ip(spec, member), env)
+        return
     back = [f"route add {net4} via {host4.ip} dev {far}", f"route add {net6} via {host6.ip} dev {far}"]
     network.batch(spec.name, REMOTE, back, env)
     if spec.layout is Layout.PTP:
@@ -108,16 +135,11 @@ def build_container(spec: Spec, place: Placement, env: Mapping[str, str]) -> Non
         network.batch(spec.name, place.name, [f"link set dev {INNER_DEVICE} mtu {mtu}"], env)
         return
     network.prepare_container(spec.name, place.name, env)
-    inner = netns_name(spec.name, place.name)
-    pair = f"link add name {place.veth} {{}} type veth peer name {INNER_DEVICE} address {place.mac} netns {inner}"
-    if spec.layout is Layout.PTP:
-        host, container = _policy_routed(place)
-        pair = pair.format("")
-    else:
-        host, container = _proxied(place)
-        pair = pair.format(f"address {_ROUTER_MAC}")
-    network.batch(spec.name, HOST, [pair, f"link set dev {place.veth} up"], env)
-    if spec.layout is not Layout.PTP:
+    _pair(spec, place, env)
+    routes = {Layout.PTP: _policy_routed, Layout.NETKIT_L3: _without_neighbours}.get(spec.layout, _proxied)
+    host, container = routes(place)
+    network.batch(spec.name, HOST, [f"link set dev {place.veth} up"], env)
+    if routes is _proxied:
         # Without the second, the kernel waits up to 0.8 s before it answers for another address; Calico sets both.
         answering = {f"ipv4/conf/{place.veth}/proxy_arp": 1, f"ipv4/neigh/{place.veth}/proxy_delay": 0}
         netns.write_sysctls(netns.NETNS_DIR / netns_name(spec.name, HOST), answering)
@@ -127,6 +149,25 @@ def build_container(spec: Spec, place: Placement, env: Mapping[str, str]) -> Non
         network.batch(spec.name, HOST, commands, env, family)
     if spec.layout is Layout.CILIUM:
         _redirect(spec, place, "add", env)
+
+
+def _pair(spec: Spec, place: Placement, env: Mapping[str, str]) -> None:
+    """Make the pair between the host and one container's namespace."""
+    inner = netns_name(spec.name, place.name)
+    if spec.layout in NETKIT:
+        l2 = spec.layout is Layout.NETKIT_L2
+        mode, macs = (netkit.Mode.L2, (_ROUTER_MAC, place.mac)) if l2 else (netkit.Mode.L3, None)
+        path = netns.NETNS_DIR / inner
+        try:
+            host = netns.NETNS_DIR / netns_name(spec.name, HOST)
+            netns.enter(host, lambda: netkit.add(place.veth, mode, path, INNER_DEVICE, macs))
+        except OSError as error:
+            raise LabError(str(error)) from error
+        return
+    mac = "" if spec.layout is Layout.PTP else f"address {_ROUTER_MAC}"
+    mtu = f"mtu {1500 - _IPIP_BYTES}" if spec.layout is Layout.IPIP else ""
+    peer = f"type veth peer name {INNER_DEVICE} address {place.mac} {mtu} netns {inner}"
+    network.batch(spec.name, HOST, [f"link add name {place.veth} {mac} {mtu} {peer}"], env)
 
 
 def remove_container(spec: Spec, place: Placement, env: Mapping[str, str]) -> None:
@@ -162,6 +203,34 @@ def _tunnel(spec: Spec, member: str, device: str) -> list[str]:
         f"neigh add {far[1].network_address} lladdr {_NODE[1 - number]} dev {device} nud permanent",
         f"route add {far[0]} via {far[0].network_address} dev {device} onlink {source4}",
         f"route add {far[1]} via {far[1].network_address} dev {device} onlink {source6}",
+    ]
+
+
+def _ip_in_ip(spec: Spec, member: str) -> list[str]:
+    """Return the commands for one end of the tunnel, through which Calico's agent routes the other node's pods.
+
+    IPv6 has no tunnel, as with Calico: its packets are routed as they are.
+    """
+    device, other = ipip_device(spec.name), wire(REMOTE if member == HOST else HOST)
+    here, there = bridge_networks(), tuple(each.network for each in _OTHER_NODE)
+    tunnel = [
+        f"link add name {device} mtu {1500 - _IPIP_BYTES} type ipip local {wire(member)[0].ip}",
+        f"link set dev {device} addrgenmode none up",
+    ]
+    if member == HOST:
+        return [
+            *tunnel,
+            f"addr add {here[0].network_address}/32 dev {device}",
+            f"route add {there[0]} via {other[0].ip} dev {device} onlink",
+            f"route add {there[1]} via {other[1].ip} dev {outer_device(spec.name)}",
+        ]
+    far = remote_device(spec.name)
+    return [
+        *tunnel,
+        f"addr add {FAR_POD[0]}/32 dev {device}",
+        f"addr add {FAR_POD[1]}/128 dev {far} nodad",
+        f"route add {here[0]} via {other[0].ip} dev {device} onlink src {FAR_POD[0]}",
+        f"route add {here[1]} via {other[1].ip} dev {far} src {FAR_POD[1]}",
     ]
 
 
@@ -211,6 +280,19 @@ def _proxied(place: Placement) -> tuple[dict[str, list[str]], list[str]]:
         f"route add {_ROUTER4} dev {INNER_DEVICE} scope link",
         f"route add default via {_ROUTER4} dev {INNER_DEVICE}",
         f"route add default via {_ROUTER6} dev {INNER_DEVICE}",
+    ]
+    return host, container
+
+
+def _without_neighbours(place: Placement) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the commands of the host by family, and of the container, for a pair without link-layer addresses."""
+    ip4, ip6 = place.ipv4.ip, place.ipv6.ip
+    host = {"-4": [f"route add {ip4} dev {place.veth} scope link"], "-6": [f"route add {ip6} dev {place.veth}"]}
+    container = [
+        f"addr add {ip4}/32 dev {INNER_DEVICE}",
+        f"addr add {ip6}/128 dev {INNER_DEVICE} nodad",
+        f"route add 0.0.0.0/0 dev {INNER_DEVICE} scope link",
+        f"route add ::/0 dev {INNER_DEVICE}",
     ]
     return host, container
 

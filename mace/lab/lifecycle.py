@@ -286,7 +286,8 @@ def check(spec: Spec | None = None) -> list[Unavailable]:
         return found
     env = {**os.environ, "PATH": netns.search_path(), "LC_ALL": "C"}
     try:
-        return netns.in_new(lambda: network.problems(env))
+        layout = spec.layout if spec else Layout.BRIDGE
+        return netns.in_new(lambda: network.problems(env) or layouts.problems(layout, env))
     except OSError as error:
         return [Unavailable("lab", f"no network namespace can be made ({error})", "run it outside of a container")]
 

@@ -82,12 +82,18 @@ class Layout(StrEnum):
     """Routes to each container's pair, at which proxy ARP answers."""
     PTP = "ptp"
     """A gateway address at each container's pair, and policy routes, as the AWS VPC CNI has them."""
+    IPIP = "ipip"
+    """As calico, and IP in IP to the far end's node."""
     CILIUM = "cilium"
     """As calico, with tc programs that forward IPv4 past the host's stack."""
+    NETKIT_L2 = "netkit_l2"
+    """As calico, with netkit pairs in place of veth pairs."""
+    NETKIT_L3 = "netkit_l3"
+    """The same in the mode without MAC addresses and neighbours."""
 
 
 FAR_POD: Final = (IPv4Address("192.0.2.2"), IPv6Address("2001:db8:2::2"))
-"""Addresses of the far end in the layouts overlay and flannel, reached through VXLAN."""
+"""Addresses of the far end in layouts with a tunnel. IPv6 does not go through the tunnel of ipip."""
 
 
 class FarEnd(StrEnum):
@@ -101,6 +107,8 @@ class FarEnd(StrEnum):
 
 TUNNELED: Final = (Layout.OVERLAY, Layout.FLANNEL)
 """Layouts with a VXLAN device."""
+NETKIT: Final = (Layout.NETKIT_L2, Layout.NETKIT_L3)
+"""Layouts with netkit pairs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +246,11 @@ def vxlan_device(lab: str, *, second: bool = False) -> str:
     return f"vx{device_tag(lab)}{'-2' if second else ''}"
 
 
+def ipip_device(lab: str) -> str:
+    """Return the name of the IP-in-IP device on either side."""
+    return f"ipip{device_tag(lab)}"
+
+
 def parse_netns_name(name: str) -> tuple[str, str] | None:
     """Return (lab, member) for the name of a lab's namespace; None for any other name."""
     prefix, _, rest = name.partition("-")
@@ -294,7 +307,7 @@ def ends(spec: Spec) -> dict[str, tuple[str, str]]:
     members = [HOST, *((HOST2,) if spec.layout is Layout.OVERLAY else ())]
     found = {member: (str(wire(member)[0].ip), str(wire(member)[1].ip)) for member in members}
     if spec.far_end is FarEnd.NAMESPACE:
-        pod = FAR_POD if spec.layout in TUNNELED else tuple(each.ip for each in wire(REMOTE))
+        pod = FAR_POD if spec.layout in (*TUNNELED, Layout.IPIP) else tuple(each.ip for each in wire(REMOTE))
         found[REMOTE] = (str(pod[0]), str(pod[1]))
     return found
 

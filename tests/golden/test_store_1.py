@@ -5,6 +5,7 @@ Files of version 1 have nanoseconds in `time`, those of version 2 microseconds a
 
 import asyncio
 import json
+import os
 import shutil
 
 import dask.dataframe
@@ -20,7 +21,8 @@ from contracts.errors import StoreError
 from contracts.schema import SCHEMA_VERSION
 from storage import embedded, segments, sql, tables
 from storage.check import check
-from storage.embedded import EmbeddedStore
+from storage.converting import convert
+from storage.embedded import EmbeddedStore, lock_store
 from storage.query import Filter, StoreReader
 from storage.sealing.check import check as check_seal
 from tests.made_results import HEADER, START_NS, header, make_delays, make_results, make_windows, with_rows
@@ -121,6 +123,55 @@ def test_an_old_sealed_store_is_sealed_on(tmp_path, monkeypatch):
     assert (found.state, found.findings) == ("intact", [])
     assert len(segments.listing(store, "delays")) == 1
     assert [row for row in rows_of(store, "delays") if row["run"] == "old"] == before
+
+
+OTHERS = ("in_duckdb", "in_polars", "in_pandas", "in_dask")
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword")  # of Dask's own call of pandas
+def test_a_converted_store_has_the_same_rows_for_every_reader(store):
+    before = {
+        each.path: each.path.stat().st_mtime_ns for table in segments.TABLES for each in segments.listing(store, table)
+    }
+    found = {one.table: one for one in convert(store)}
+    assert sum(one.converted for one in found.values()) == len(before)
+    assert sum(one.rows for one in found.values()) == sum(map(len, EXPECTED.values()))
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "names and times of writing"
+    for table in segments.TABLES:
+        assert rows_of(store, table) == EXPECTED.get(table, [])
+        for each in segments.listing(store, table):
+            assert pq.read_schema(each.path).remove_metadata().equals(pa.schema(tables.STORED_SCHEMAS[table]))
+    times = sorted(row["time"] for row in EXPECTED["delays"])
+    paths = [str(each.path) for each in segments.listing(store, "delays")]
+    for name in OTHERS:
+        assert sorted(np.asarray(globals()[name](paths)).tolist()) == times, name
+    assert not any(each.damaged or each.without_checksum for each in check(store))
+    assert json.loads((store / "store.json").read_text())["schema"] == SCHEMA_VERSION
+    assert not any(one.converted or one.damaged for one in convert(store)), "the second time there is nothing to do"
+
+
+def test_a_damaged_segment_is_left_as_it_is_and_named(store):
+    bad = segments.listing(store, "delays")[0].path
+    data = bytearray(bad.read_bytes())
+    data[len(data) // 2] ^= 1
+    bad.write_bytes(data)
+    found = {one.table: one for one in convert(store)}
+    assert list(found["delays"].damaged) == [bad]
+    assert bad.read_bytes() == data
+
+
+def test_stores_that_are_not_converted(store, tmp_path):
+    with pytest.raises(StoreError, match="the store is sealed"):
+        convert(OLD)
+    with pytest.raises(StoreError, match="not a MACE store"):
+        convert(tmp_path / "none")
+    held = lock_store(store, "a test")
+    try:
+        with pytest.raises(StoreError, match="is writing to this store"):
+            convert(store)
+    finally:
+        os.close(held)
+    assert json.loads((store / "store.json").read_text())["schema"] == 1
 
 
 def test_a_newer_store_is_refused(store):

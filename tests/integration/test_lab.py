@@ -1,5 +1,6 @@
 """The lab on the real kernel: its devices, its traffic, and that nothing of it is ever left."""
 
+import errno
 import os
 import random
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from contracts.errors import LabError, UsageError
+from contracts.errors import LabError, Unavailable, UsageError
 from mace.lab import (
     Layout,
     Runtime,
@@ -24,6 +25,7 @@ from mace.lab import (
     layouts,
     lifecycle,
     list_labs,
+    netkit,
     netns,
     network,
     plan,
@@ -174,6 +176,20 @@ def test_layouts_reach_everyone_both_ways_without_translation(name, layout, comm
         lab.add_container("c1")
         assert lab.tcp("c1", size=200_000, reverse=True).received == 200_000
         assert len(lab.popen("host", words).communicate()[0].splitlines()) == len(before)
+
+
+@pytest.mark.parametrize(("layout", "kind"), [("ipip", "ipip"), ("netkit_l2", "netkit"), ("netkit_l3", "netkit")])
+def test_a_layout_that_this_kernel_lacks_is_refused_with_the_reason(name, layout, kind, monkeypatch):
+    """tests/kernel/guest/test_layouts.py makes them on a kernel that has them."""
+
+    def refused(*_, **__):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(netkit, "add", refused)
+    monkeypatch.setattr(layouts.netns, "run", refused)
+    monkeypatch.setattr(network, "problems", lambda _: [])
+    with pytest.raises(Unavailable, match=f"the kernel makes no {kind} device .*Operation not supported"):
+        up(Spec(name, layout=Layout(layout)))
 
 
 @pytest.mark.needs("rps")

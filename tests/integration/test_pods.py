@@ -3,6 +3,7 @@
 import asyncio
 import json
 import subprocess
+import threading
 import uuid
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from collector.machine import cri
 from collector.machine.devices import DeviceFollower
 from collector.machine.name_checks import check_cri
+from collector.machine.pods import Pod
 from mace.lab import Spec, running
 from storage.query import StoreReader
 from tests import containerd, pods
@@ -64,15 +66,50 @@ def test_a_pod_its_restart_and_its_sidecar_and_one_on_the_host_s_network(tmp_pat
         assert again[NAME] | own[NAME] == again[NAME]
 
 
-@pytest.mark.needs("containerd")
-def test_real_pods_of_containerd_are_named_by_its_socket(monkeypatch):
-    """Without a log folder: a pod in a namespace of its own with two containers, and one on the host's network."""
-    monkeypatch.setattr(cri, "_NEW_CONTAINERS_S", 0.1)
+@pytest.fixture
+def host():
+    """A network namespace for containerd, by name."""
     netns = f"mace-test-{uuid.uuid4()}"
     subprocess.run(["ip", "netns", "add", netns], check=True)
+    yield netns
+    subprocess.run(["ip", "netns", "del", netns], check=True)
+
+
+@pytest.mark.needs("containerd", "containerd_events")
+def test_events_of_containerd_name_pods_that_no_list_has(host, monkeypatch):
+    """A process is seen before its sandbox is ready, and a container starts later: containerd 1.7 tells at once."""
+    monkeypatch.setattr(cri, "_NEW_CONTAINERS_S", 0.0)
+    uid, changed, lists = str(uuid.uuid4()), threading.Event(), []
+    with TemporaryDirectory(prefix="mace-cri-") as place, containerd.running(Path(place) / "c", host, events=True) as d:
+        # Whatever the lists would tell: they are empty.
+        monkeypatch.setattr(cri.CriSocket, "pods", lambda *_: lists.append(1) or {})
+        pods = cri.RuntimePods([str(d.path)], changed.set)
+        try:
+            pods.want(frozenset({uid}))
+            wait_for(lambda: lists and pods._followed(), what="the stream of events")
+            assert not pods.pods
+            with d.pod("default/web-6d4cf56db6-8xk2p", "app", "istio-proxy", uid=uid) as made:
+                assert made == uid
+                wait_for(lambda: pods.pods == {uid: Pod(NAME, "app,istio-proxy")}, what="the pod and its containers")
+                assert changed.is_set()
+                (sandbox,) = (value for number, value in cri.fields(d.ask("ListPodSandbox", b"")) if number == 1)
+                status = cri.CriSocket(str(d.path)).status(cri._bytes(sandbox, 1))
+                assert cri._named(status) == (uid, NAME)
+        finally:
+            pods.close()
+        assert not any(events.alive for events in pods._events.values())
+
+
+@pytest.mark.needs("containerd")
+def test_real_pods_of_containerd_are_named_by_its_socket(host, monkeypatch):
+    """Without a log folder: a pod in a namespace of its own with two containers, and one on the host's network.
+
+    Debian 12's containerd 1.6 has no events, so that the lists are fetched again and again.
+    """
+    monkeypatch.setattr(cri, "_NEW_CONTAINERS_S", 0.1)
 
     async def watched(daemon):
-        follower = DeviceFollower(host_netns=netns, docker_sockets=(), pod_logs="", cri_sockets=(str(daemon.path),))
+        follower = DeviceFollower(host_netns=host, docker_sockets=(), pod_logs="", cri_sockets=(str(daemon.path),))
         await follower.open()
 
         async def seen(wanted):
@@ -91,18 +128,17 @@ def test_real_pods_of_containerd_are_named_by_its_socket(monkeypatch):
         finally:
             await follower.aclose()
 
-    try:
-        with TemporaryDirectory(prefix="mace-cri-") as place, containerd.running(Path(place) / "c", netns) as daemon:
-            asyncio.run(watched(daemon))
-            with ExitStack() as several:
-                names = {f"default/db-{number}" for number in range(5)}
-                made = {several.enter_context(daemon.pod(name, host_network=True)): name for name in names}
-                found = cri.CriSocket(str(daemon.path)).pods()
-                assert {uid: pod.name for uid, pod in found.items()} == made
-            assert cri.CriSocket(str(daemon.path)).pods() == {}
-            with pytest.raises(ValueError, match="NoSuchMethod: gRPC status 12 "):
-                daemon.ask("NoSuchMethod", b"")
-            status = check_cri([str(daemon.path)])
-            assert (status.ok, status.detail) == (True, f"0 pods at {daemon.path}")
-    finally:
-        subprocess.run(["ip", "netns", "del", netns], check=True)
+    with TemporaryDirectory(prefix="mace-cri-") as place, containerd.running(Path(place) / "c", host) as daemon:
+        asyncio.run(watched(daemon))
+        with ExitStack() as several:
+            names = {f"default/db-{number}" for number in range(5)}
+            made = {several.enter_context(daemon.pod(name, host_network=True)): name for name in names}
+            found = cri.CriSocket(str(daemon.path)).pods()
+            assert {uid: pod.name for uid, pod in found.items()} == made
+        assert cri.CriSocket(str(daemon.path)).pods() == {}
+        with pytest.raises(ValueError, match="NoSuchMethod: gRPC status 12 "):
+            daemon.ask("NoSuchMethod", b"")
+        status = check_cri([str(daemon.path)])
+        assert (status.ok, status.detail) == (True, f"0 pods at {daemon.path}")
+        with pytest.raises(cri.NoEvents, match="gRPC status 12 "):
+            next(cri.CriSocket(str(daemon.path)).events())

@@ -6,15 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from contracts.config import Config, MqttConfig, RunConfig, StoreConfig
+from contracts.config import Config, MqttConfig, MqttRowsConfig, RunConfig, SinksConfig, StoreConfig
 from contracts.topics import Shard
+from contracts.vitals import Vitals
 from mace.live import publish
 from mace.live.ingest import Ingest
+from storage import SINKS
 from storage.broker import Brokers
 from storage.mqtt import StreamPublisher
 from storage.query import StoreReader
 from tests.brokers import mosquitto
 from tests.made_capture import HEADER, TOPOLOGY, batches, traffic
+from tests.made_results import make_delays, make_results
 
 pytestmark = [pytest.mark.needs("mosquitto"), pytest.mark.slow]
 
@@ -99,6 +102,45 @@ def test_a_broker_that_dies_touches_only_its_hosts(tmp_path):
     with mosquitto(tmp_path / "first") as first, mosquitto(tmp_path / "second") as second:
         sinks = asyncio.run(work(first, second))
     assert ledgers(tmp_path / "store") == dict.fromkeys(sinks, (RECORDS, 0, True))
+
+
+def test_a_broker_that_is_away_holds_up_the_rows_of_its_own_hosts_alone(tmp_path):
+    """Each broker has a spool and an account of its own; what a run leaves in one, the next delivers."""
+
+    def settled(urls):
+        rows = MqttRowsConfig(publish="delays", spool=str(tmp_path / "rows"), flush_interval_s=0.05, close_s=0.2)
+        return replace(settings(urls), sinks=SinksConfig(mqtt=rows))
+
+    async def work(first, second):
+        config, vitals = settled([first.url, second.url]), Vitals()
+        (here, *_), (there, *_) = (hosts_of(Brokers(config.mqtt))[each.url] for each in (first, second))
+        second.kill()
+        sink = SINKS["mqtt"].make(config, vitals)
+        await sink.open()
+        living, dead = (vitals.accounts[f"mqtt@127.0.0.1:{each.port}"] for each in (first, second))
+        for host in (there, here, there, here):
+            stream = sink.stream()
+            await stream.open(replace(HEADER, host=host))
+            await stream.write(make_results(make_delays(100)))
+            await stream.aclose()
+        await until(lambda: living.taken > 0 and not living.waiting)
+        await until(lambda: dead.trouble)
+        assert (living.not_stored, living.trouble) == (0, "")
+        await sink.aclose()
+        assert (dead.taken, dead.stored, dead.not_stored) == (living.stored, 0, 0)
+        assert dead.waiting == dead.taken > 0
+        assert dead.imbalance == living.imbalance == 0
+        # The broker is taken out of the list: its hosts, and their rows in its spool, move to the other one.
+        after = Vitals()
+        sink = SINKS["mqtt"].make(settled([first.url]), after)
+        await sink.open()
+        left = after.accounts[f"mqtt@127.0.0.1:{second.port}"]
+        await until(lambda: left.stored == dead.waiting)
+        await sink.aclose()
+        assert (left.taken, left.waiting, left.imbalance) == (left.stored, 0, 0)
+
+    with mosquitto(tmp_path / "first") as first, mosquitto(tmp_path / "second") as second:
+        asyncio.run(work(first, second))
 
 
 def test_a_host_moves_to_a_broker_that_is_added(tmp_path):

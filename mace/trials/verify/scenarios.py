@@ -216,6 +216,7 @@ SCENARIOS: Final = (
     ),
     Scenario("calico", "pods with routed pairs and proxy ARP", _echoes, spec=_laid(Layout.CALICO)),
     Scenario("ptp", "pods with routed pairs and policy routes", _echoes, spec=_laid(Layout.PTP)),
+    Scenario("ipip", "pods with routed pairs, to a pod of another node by IP in IP", _echoes, spec=_laid(Layout.IPIP)),
     Scenario(
         "cilium",
         "pods whose packets tc programs forward: bpf_redirect_neigh out, bpf_redirect_peer in",
@@ -224,6 +225,8 @@ SCENARIOS: Final = (
         partial=True,
         unseen="what bpf_redirect_peer moves to a container passes no tracepoint of its device",
     ),
+    Scenario("netkit_l2", "pods with netkit pairs in mode L2", _echoes, spec=_laid(Layout.NETKIT_L2)),
+    Scenario("netkit_l3", "pods with netkit pairs in mode L3", _echoes, spec=_laid(Layout.NETKIT_L3)),
     Scenario("loss_1", "1 % of the records removed in blocks", _echoes, spec=_TWO, loss=0.01),
     Scenario("loss_20", "20 % of the records removed in blocks", _echoes, spec=_TWO, loss=0.2),
     Scenario("sampling_8", "one packet in eight recorded", _echoes, sample_shift=3, partial=True),

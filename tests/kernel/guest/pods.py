@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
-import socket
-import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from collector.bpf.devices import BpfDeviceFollower
+from mace.lab import netkit
 from storage.capture import CaptureSink
 from tests.kernel.guest import programs
 from tests.kernel.guest.commands import mace, start
@@ -36,8 +34,8 @@ STACKED = {
 """Devices on top of an outer device, which are moved into the pod."""
 PAIRED = ("peer", "list")
 """Pods behind bpf_redirect_peer; those of `list` from a device that hands over its packets in lists."""
-ROUTED = {"netkit2": 0, "netkit3": 1}
-"""Pods behind netkit, and its mode (enum netkit_mode): they need the hook no more than those behind veth do."""
+ROUTED = {"netkit2": netkit.Mode.L2, "netkit3": netkit.Mode.L3}
+"""Pods behind netkit, and its mode: they need the hook no more than those behind veth do."""
 
 
 def run(words: str) -> None:
@@ -78,8 +76,8 @@ class Way:
             run(f"ip -n {HOST} link add up{self.outer} link {self.outer} {STACKED[self.name]}")
             run(f"ip -n {HOST} link set up{self.outer} netns {self.pod} name eth0")
         elif self.name in ROUTED:
-            made = within(HOST, lambda: new_netkit(self.lxc, self.pod, ROUTED[self.name]))
-            assert made == 0, os.strerror(-made)
+            pod = Path("/run/netns", self.pod)
+            within(HOST, lambda: netkit.add(self.lxc, ROUTED[self.name], pod, "eth0"))
         else:
             run(f"ip -n {HOST} link add {self.lxc} type veth peer name eth0 netns {self.pod}")
         run(f"ip -n {self.pod} addr add {self.pod_address}/28 dev eth0")
@@ -104,27 +102,6 @@ class Way:
         for family in self.families:
             address = self.far_address if family == 4 else self.addresses6[0]
             run(f"ip netns exec {self.pod} ping -{family} -q -n -i 0.01 -c {count} -s {SIZE} {address}")
-
-
-def new_netkit(name: str, pod: str, mode: int) -> int:
-    """Make a pair in this namespace whose other end is eth0 in the pod; Debian 12's iproute2 cannot. Return -errno."""
-
-    def attribute(kind: int, value: bytes) -> bytes:
-        return struct.pack("HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
-
-    # struct ifinfomsg; IFLA_IFNAME 3, IFLA_LINKINFO 18 (KIND 1, DATA 2), IFLA_NET_NS_FD 28; IFLA_NETKIT_PEER_INFO 1,
-    # POLICY 3, PEER_POLICY 4, MODE 5.
-    info = struct.pack("BxHiII", 0, 0, 0, 0, 0)
-    fd = os.open(f"/run/netns/{pod}", os.O_RDONLY)
-    peer = info + attribute(3, b"eth0\0") + attribute(28, struct.pack("i", fd))
-    data = attribute(1, peer) + b"".join(attribute(k, struct.pack("I", v)) for k, v in ((5, mode), (3, 0), (4, 0)))
-    body = info + attribute(3, name.encode() + b"\0") + attribute(18, attribute(1, b"netkit\0") + attribute(2, data))
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as asked:
-        # RTM_NEWLINK 16; NLM_F_REQUEST, ACK, EXCL, CREATE.
-        asked.send(struct.pack("IHHII", 16 + len(body), 16, 0x605, 1, 0) + body)
-        told: int = struct.unpack_from("i", asked.recv(4096), 16)[0]
-    os.close(fd)
-    return told
 
 
 def has_netkit() -> bool:

@@ -345,6 +345,23 @@ def test_a_batch_is_cut_where_a_device_change_applies(kernel):
     assert order == [(), (), [t + 40 * MS], (new,), [t + 60 * MS]]
 
 
+def test_packets_of_a_device_without_a_link_layer_header_have_their_whole_length(kernel):
+    """A length is right if all devices of a name are of such a kind."""
+    t, names = kernel.now_ns, ("ipip0", "eth0", "both")
+    made = Page(layout(), t)
+    for hook, more in (
+        ("net:net_dev_queue", {}), ("net:net_dev_start_xmit", {"network_offset": 0}), ("net:netif_rx", {}),
+    ):  # fmt: skip
+        for name in names:
+            made.event(payload(FORMS[hook], name=name.encode(), skbaddr=64, len=84, **more), 0)
+    devices = (Device(1, 3, "ipip0", "ipip"), Device(1, 2, "eth0", "veth"), Device(1, 4, "both", "ipip"))
+    kernel.rings[0].extend([[], [made]])
+    follower = MadeFollower((*devices, Device(9, 5, "both", "veth")))
+    _, items = run(FtraceSource(devices=follower), kernel, 5)
+    check_stream(items)
+    assert records(items).l3_len.tolist() == [84, 70, 70, 84, 70, 70, 84, 84, 84]
+
+
 def test_a_gap_is_a_marker_in_the_stream(kernel):
     t = kernel.now_ns
     # The ring was empty at the first tick, t. Events were lost after it; the next event is at t + 30 ms.

@@ -9,16 +9,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.events import RequestReceived
 from hypothesis import given
 from hypothesis import strategies as st
 
 from collector.machine import cri, name_checks
-from collector.machine.cri import CriError, CriSocket, RuntimePods, fields
+from collector.machine.cri import CriError, CriSocket, NoEvents, RuntimePods, fields
 from collector.machine.grpc_calls import _message
 from collector.machine.name_checks import check_cri
 from collector.machine.namespace_names import NamespaceNames
 from collector.machine.pods import Pod
 from tests.containerd import message
+from tests.measuring import wait_for
 
 UID = "3b1f0c1a-5d3e-4a53-8f0e-1234567890ab"
 
@@ -128,6 +132,108 @@ def test_the_end_does_not_wait_for_a_runtime(tmp_path: Path, monkeypatch: pytest
         pods.close()
         assert pods.pods == {}
         done.set()
+
+
+@contextlib.contextmanager
+def runtime(path: Path, answers: dict[str, list[bytes] | None], *, lasting: str = "") -> Iterator[str]:
+    """Serve the CRI: each method's answers, None for a method that is missing; calls of `lasting` do not end."""
+
+    def serve(sock: socket.socket) -> None:
+        connection = H2Connection(H2Configuration(client_side=False, header_encoding="utf-8"))
+        connection.initiate_connection()
+        with sock, contextlib.suppress(OSError):
+            sock.sendall(connection.data_to_send())
+            while data := sock.recv(1 << 16):
+                for event in connection.receive_data(data):
+                    if not isinstance(event, RequestReceived):
+                        continue
+                    stream = event.stream_id
+                    method = dict(event.headers)[":path"].rpartition("/")[2]
+                    told = answers[method]
+                    head = [(":status", "200"), ("content-type", "application/grpc")]
+                    if told is None:
+                        connection.send_headers(stream, [*head, ("grpc-status", "12")], end_stream=True)
+                        continue
+                    connection.send_headers(stream, head)
+                    for each in told:
+                        connection.send_data(stream, struct.pack(">BI", 0, len(each)) + each)
+                    if method != lasting:
+                        connection.send_headers(stream, [("grpc-status", "0")], end_stream=True)
+                sock.sendall(connection.data_to_send())
+
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        serving: list[threading.Thread] = []
+
+        def accept() -> None:
+            while True:
+                try:
+                    sock, _ = listening.accept()
+                except OSError:
+                    return
+                serving.append(threading.Thread(target=serve, args=(sock,)))
+                serving[-1].start()
+
+        accepting = threading.Thread(target=accept)
+        accepting.start()
+        try:
+            yield str(path)
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            for thread in (accepting, *serving):
+                thread.join()
+
+
+STATUS = message(f1="sandbox", f2=message(f1="db-0", f2=UID, f3="default"))
+APP = message(f1="c", f2=message(f1="app"))
+
+
+def test_events_and_the_status_that_an_event_lacks(tmp_path: Path) -> None:
+    """An event of a deleted sandbox, and one of a pod without a proper name, tell nothing."""
+    events = [
+        message(f1="sandbox", f2=1, f4=STATUS),
+        message(f1="sandbox", f2=1, f5=[APP, message(f1="d", f2=message(f1="sidecar"))]),
+        message(f1="sandbox", f2=3),
+        message(f1="other", f2=1, f4=message(f1="o", f2=message(f1="no/name", f2="u", f3="default"))),
+    ]
+    answers: dict[str, list[bytes] | None] = {"GetContainerEvents": events, "PodSandboxStatus": [message(f1=STATUS)]}
+    with runtime(tmp_path / "s", answers) as path:
+        assert list(CriSocket(path).events()) == [
+            (UID, Pod("default/db-0")),
+            (UID, Pod("default/db-0", "app,sidecar")),
+        ]
+    without: dict[str, list[bytes] | None] = {"GetContainerEvents": events[1:2], "PodSandboxStatus": None}
+    with runtime(tmp_path / "t", without) as path:
+        assert list(CriSocket(path).events()) == []
+    with runtime(tmp_path / "u", {"GetContainerEvents": None}) as path, pytest.raises(NoEvents, match="status 12"):
+        list(CriSocket(path).events())
+
+
+@pytest.mark.parametrize("events", [True, False], ids=["events", "no events"])
+def test_lists_are_fetched_now_and_then_if_events_come(
+    events: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cri, "_NEW_CONTAINERS_S", 0.0)
+    listed = [message(f1=STATUS)]
+    told: list[bytes] | None = [message(f1="sandbox", f2=1, f4=STATUS, f5=APP)] if events else None
+    answers = {"ListPodSandbox": listed, "ListContainers": [b""], "GetContainerEvents": told}
+    with runtime(tmp_path / "s", answers, lasting="GetContainerEvents") as path:
+        changed = threading.Event()
+        pods = RuntimePods([path], changed.set)
+        pods.want(frozenset({UID}))
+        wait_for(lambda: pods.pods == {UID: Pod("default/db-0", "app" if events else "")}, what="the pod")
+        if events:
+            wait_for(pods._followed, what="the stream")
+            assert pods._pause_s(0) == cri._RELIST_S
+            # Nobody to name: the runtime is left alone.
+            pods.want(frozenset())
+            wait_for(lambda: not pods._events[path].alive, what="the end of the stream")
+        else:
+            wait_for(lambda: pods._events[path].never, what="the refusal")
+            assert not pods._followed()
+            assert pods._pause_s(0) == cri._NEW_CONTAINERS_S
+        pods.close()
 
 
 def test_no_thread_without_pods_or_sockets(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ COMMANDS = {
     "export otlp": (["export", "otlp", CAPTURE, "--force", "-o", "{tmp}/x.jsonl"], 0),
     "verify": (["verify", "plain"], 1),
     "store check": (["store", "check", "--store", "{store}"], 0),
+    "store convert": (["store", "convert", "--store", "{store}"], 0),
     "verify-seal": (["verify-seal", "{sealed}"], 0),
     "hooks": (["hooks"], 0),
 }
