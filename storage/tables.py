@@ -376,8 +376,7 @@ def encode(rows: pa.Table, table: str, row_group_rows: int = ROW_GROUP_ROWS) -> 
 def to_stored(rows: pa.Table) -> pa.Table:
     """Return rows with the columns of the files: `time` in microseconds, rounded down, and its `REMAINDER`."""
     assert rows.schema.field("time").type == _TIME
-    [*parts] = (chunk.view(pa.int64()).to_numpy() for chunk in rows["time"].chunks)
-    time_ns = parts[0] if len(parts) == 1 else np.concatenate([*parts, np.zeros(0, np.int64)])
+    time_ns = _numbers(rows["time"])
     time_us = time_ns // 1_000
     # 16 bits suffice for a difference below 1,000, whatever the upper bits are.
     remainder_ns = time_ns.astype(np.uint16) - time_us.astype(np.uint16) * np.uint16(1_000)
@@ -391,11 +390,18 @@ def from_stored(rows: pa.Table) -> pa.Table:
     """Return rows of a file of any version with `time` in nanoseconds, and without `REMAINDER`."""
     if REMAINDER not in rows.column_names:
         return rows
-    time_us = rows["time"].cast(pa.int64()).to_numpy()
+    time_us = _numbers(rows["time"])
     time_ns = time_us * 1_000 + rows[REMAINDER].to_numpy()
     at = rows.schema.get_field_index("time")
     whole = rows.set_column(at, pa.field("time", _TIME, nullable=False), pa.array(time_ns).view(_TIME))
     return whole.drop_columns([REMAINDER])
+
+
+def _numbers(times: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    """Return times without nulls as numbers."""
+    # `cast` would load pyarrow.compute, which takes 8 MiB and serves nothing else in a run.
+    parts = [each.view(pa.int64()).to_numpy() for each in times.chunks]
+    return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 @cache
@@ -729,7 +735,18 @@ def grown(rows: pa.Table, table: str) -> pa.Table:
         if field.name not in rows.column_names:
             told = rows["packets"] if field.name == GRADES["buffer"] else _nothing(field.type, len(rows))
             rows = rows.append_column(field.name, told)
-    return rows.select(schema.names).cast(schema)
+    columns = [_as(rows[field.name], field.type) for field in schema]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _as(column: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
+    """Return a column as another type. Names that Arrow has read have wider indices than `_NAME`."""
+    if column.type == type_:
+        return column
+    if pa.types.is_dictionary(column.type) and type_ == _NAME and not column.null_count:
+        named = [_named(each.indices.to_numpy(), each.dictionary.to_pylist()) for each in column.chunks]
+        return pa.chunked_array(named, type_)
+    return column.cast(type_)
 
 
 def _nothing(type_: pa.DataType, rows: int) -> pa.Array:
