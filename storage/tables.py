@@ -322,9 +322,9 @@ _SKIPPED_BY: Final = ("time", "delay_ns")
 _DELTA: Final = dict.fromkeys((*_SKIPPED_BY, REMAINDER), "DELTA_BINARY_PACKED")
 _PLAIN: Final = {REMAINDER, "delay_ns"}
 """Columns of `delays` in which zstd finds nothing: remainders and differences of delays are random."""
-_COMPRESSED_BEST: Final = {"time", "packet", "l3_len"}
-"""Columns of `delays` that zstd makes much smaller than LZ4 does. The others are names and small numbers, of which
-little is left in either case, and LZ4 needs no context for each page."""
+_COMPRESSED_BEST: Final = {"time", "packet", "rank", "position", "l3_len"}
+"""Columns of `delays` that zstd makes much smaller than LZ4 does. Of the others, which are mostly names, little is left
+in either case, and LZ4 needs no context for each page."""
 _COMPRESSION: Final = {
     f.name: "none" if f.name in _PLAIN else "zstd" if f.name in _COMPRESSED_BEST else "lz4_raw"
     for f in STORED_SCHEMAS["delays"]
