@@ -76,11 +76,13 @@ class Merger(Watermark):
             waiting = self._waiting[cpu]
             while waiting and waiting[0].ts_ns[0] < until_ns:
                 batch = waiting.popleft()
+                if batch.ts_ns[-1] < until_ns:
+                    chosen.append((cpu, batch))
+                    continue
                 cut = int(np.searchsorted(batch.ts_ns, until_ns))
                 chosen.append((cpu, batch[:cut]))
-                if cut < len(batch):
-                    waiting.appendleft(batch[cut:])
-                    break
+                waiting.appendleft(batch[cut:])
+                break
         self.given_ns = until_ns if self.given_ns is None else max(self.given_ns, until_ns)
         merged = Batch.concatenate([batch for _, batch in chosen])
         if len({cpu for cpu, _ in chosen}) > 1:

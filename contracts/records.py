@@ -14,9 +14,10 @@ the gap.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntFlag
+from operator import attrgetter
 from typing import Any, Final
 
 import numpy as np
@@ -110,7 +111,7 @@ class Content:
 
     def __getitem__(self, index: slice | Values) -> Content:
         """Return the content of the records at `index` (a slice gives views; a mask or an index array copies)."""
-        return Content(*(column[index] for _, column in self.columns()))
+        return Content(*[column[index] for column in _columns_of(self)])
 
     @classmethod
     def of(cls, length: int, **given: Any) -> Content:
@@ -158,10 +159,13 @@ class Batch:
     def __getitem__(self, index: slice | Values) -> Batch:
         """Return the records at `index` (a slice gives views; a mask or an index array copies)."""
         content = None if self.content is None else self.content[index]
-        return Batch(*(column[index] for _, column in self.columns()), content=content)
+        return Batch(*[column[index] for column in _columns(self)], content=content)
 
     def pieces(self, most: int = PIECE_RECORDS) -> Iterator[Batch]:
         """Yield the batch in views of at most `most` records; an empty batch yields none."""
+        if 0 < len(self) <= most:
+            yield self
+            return
         for start in range(0, len(self), most):
             yield self[start : start + most]
 
@@ -195,8 +199,13 @@ class Batch:
         content = None
         if any(batch.content is not None for batch in batches):
             parts = [Content.of(len(batch)) if batch.content is None else batch.content for batch in batches]
-            content = Content(*(np.concatenate([getattr(p, name) for p in parts]) for name in CONTENT_DTYPES))
-        return cls(*(np.concatenate([getattr(b, name) for b in batches]) for name in DTYPES), content=content)
+            content = Content(*map(np.concatenate, zip(*map(_columns_of, parts), strict=True)))
+        return cls(*map(np.concatenate, zip(*map(_columns, batches), strict=True)), content=content)
+
+
+_columns: Final[Callable[[Batch], tuple[Values, ...]]] = attrgetter(*DTYPES)
+_columns_of: Final[Callable[[Content], tuple[Values, ...]]] = attrgetter(*CONTENT_DTYPES)
+"""All columns at once: a live source slices some batches in each tick."""
 
 
 def _made(dtypes: Mapping[str, np.dtype[Any]], length: int, given: Mapping[str, Any]) -> Iterator[Values]:

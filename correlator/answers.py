@@ -72,7 +72,7 @@ class Answers:
     """Answers the loop's questions about one stream, by its resolver."""
 
     def __init__(self, resolver: Resolver, entry: Callable[[int, int], int], *, with_stages: bool) -> None:
-        """`entry` returns the index into `Rows.devices` of a device and the inner device that it serves."""
+        """`entry` returns the number of a device and the inner device that it serves."""
         self._resolver, self._entry, self._with_stages = resolver, entry, with_stages
         self.measured: list[Measured] = []
         """Each shape that was asked for, by the first number of its answer."""
@@ -102,7 +102,7 @@ class Answers:
 
         `codes` has a number for each record: device number + 2 (24 bits), hook (7), whether it is the first on its
         device (1). The answer: number of the shape, `ShapeBit`s, outcome, index of the record at the loose end, number
-        of rows and of waits; of each row: index of the records at its begin and end, index into `Rows.devices`,
+        of rows and of waits; of each row: index of the records at its begin and end, number of its entry,
         direction, segment, position; of each wait: the index of the record that ends it.
         """
         records = np.frombuffer(codes, np.uint32).tolist()

@@ -42,6 +42,7 @@ from correlator.stages import StageCounts
 from correlator.state import EngineState, with_numbers
 from correlator.windows import CODE, CODE_SHIFT, Windows
 
+_NOTHING: Final = Batch.empty()
 _NOT_CROSSED: Final = Crossed(0, 0, Direction.UNKNOWN, 0, 0, 0, 0, 0)
 _FEW: Final = 64
 """Number of records below which a slice's cost is mostly its fixed cost."""
@@ -116,7 +117,7 @@ class Engine:
         self._entries: dict[tuple[int, int], int] = {}
         self._given: dict[tuple[int, int], int] = {}
         """Number that the loop uses of each (device, inner device of the container whose packets cross it)."""
-        self._entry_of = np.zeros(0, np.int64)
+        self._entry_of = np.zeros(0, np.int32)
         """Index into `devices` by that number."""
         self._devices: list[Device] = []
         self._own: list[int] = []
@@ -254,7 +255,7 @@ class Engine:
             )
             inside = min(inside, most - self._waiting_records)
             assert inside or self._waiting_records, "a slice without records"
-            head, batch = batch[:inside], batch[inside:]
+            head, batch = (batch, _NOTHING) if inside == len(batch) else (batch[:inside], batch[inside:])
             self._waiting.append(head)
             self._waiting_records += len(head)
             if len(head):
@@ -289,8 +290,7 @@ class Engine:
         lives.end(upto_ns, config.open_records, config.open_records // 4, last=last)
         self.open_peak = max(self.open_peak, lives.numbers.open_records)
         self._number_entries()
-        delays, crossings = lives.rows(), Crossings.empty()
-        delays = replace(delays, device=self._entry_of[delays.device].astype(np.int32))
+        delays, crossings = lives.rows(self._entry_of), Crossings.empty()
         if self._readers is not None:
             delays = self._with_waits(delays, self._readers)
         if config.crossings or config.stages:
@@ -348,14 +348,15 @@ class Engine:
             new = list(self._given)[known:]
             for key in sorted(new):
                 self._entry(*key)
-            self._entry_of = np.append(self._entry_of, [self._entries[key] for key in new])
+            entries = np.array([self._entries[key] for key in new], np.int32)
+            self._entry_of = np.append(self._entry_of, entries)
 
     def _collect_windows(self, before_utc_ns: int | None) -> None:
         """Take the windows that end at or before a time (None: all) from the loop."""
         windows, cells = self._lives.windows(before_utc_ns)
         for table in (windows, cells):
             device, rest = np.divmod(table[CODE], 1 << CODE_SHIFT)
-            table[CODE] = self._entry_of[device] * (1 << CODE_SHIFT) + rest
+            table[CODE] = (self._entry_of[device].astype(np.int64) << CODE_SHIFT) + rest
         self._windows.add_tables(windows, cells)
 
     def _closed(self, before_utc_ns: int | None) -> WindowTable:

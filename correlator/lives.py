@@ -84,7 +84,7 @@ class Lives:
         crossings: bool,
         stages: bool,
     ) -> None:
-        """`entry` returns the index into `Rows.devices` of a device and the inner device that it serves."""
+        """`entry` returns the number of a device and the inner device that it serves; the numbers begin with 0."""
         self._resolver = resolver
         self.answers = Answers(resolver, entry, with_stages=stages)
         self._times = timeout_ns, link_ns, offset_ns
@@ -138,14 +138,17 @@ class Lives:
         counts = (before + now for before, now in zip(self._before, told[:_COUNTS], strict=False))
         self.numbers = Numbers(*counts, *told[_COUNTS:])
 
-    def rows(self) -> Delays:
-        """Return the rows since the last call: in order of time, and then those of lives that had waited likewise."""
+    def rows(self, entries: npt.NDArray[np.int32]) -> Delays:
+        """Return the rows since the last call: in order of time, and then those of lives that had waited likewise.
+
+        `entries` has the index into `Rows.devices` of each number that `entry` has returned.
+        """
         if not self._rows:
             return Delays.empty()
         dtypes = Delays._DTYPES.items()
         columns = {
             name: np.frombuffer(column, dtype)
-            for (name, dtype), column in zip(dtypes, self._joiner.rows(), strict=False)
+            for (name, dtype), column in zip(dtypes, self._joiner.rows(entries), strict=False)
         }
         return Delays(**columns)
 

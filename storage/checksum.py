@@ -33,6 +33,21 @@ _FOOTER_MAX: Final = 1 << 24
 """The entry is searched in so many bytes at the end; the footer of a segment of 2^20 rows has some 10 kB."""
 
 
+def encoded(rows: pa.Table, row_group_size: int, options: Mapping[str, Any]) -> pa.Buffer:
+    """Return rows as the bytes of one Parquet file with its checksum, as `SegmentWriter` writes it.
+
+    Arrow writes to its own memory here: a sink of Python's is called for each page and each page's header.
+    """
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, rows.schema, write_page_checksum=True, **options) as writer:
+        writer.write_table(rows, row_group_size=row_group_size)
+        writer.add_key_value_metadata({KEY: NO_SUM})
+    data = bytearray(sink.getvalue())
+    at = data.rindex(_ENTRY) + len(_ENTRY)
+    data[at : at + _DIGITS] = b"%08x" % zlib.crc32(data)
+    return pa.py_buffer(data)
+
+
 class SegmentWriter:
     """Writes one Parquet file with its checksum to `sink` (anything with `write`), which the caller closes.
 

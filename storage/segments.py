@@ -230,9 +230,10 @@ def by_hour(time_ns: Ints) -> list[tuple[int, Ints | None]]:
     """
     if not len(time_ns):
         return []
+    first_hour = int(time_ns.min()) // HOUR_NS
+    if int(time_ns.max()) // HOUR_NS == first_hour:
+        return [(first_hour, None)]
     hours = time_ns // HOUR_NS
-    if hours[0] == hours[-1] and (hours == hours[0]).all():
-        return [(int(hours[0]), None)]
     order = np.argsort(hours, kind="stable")
     found, first = np.unique(hours[order], return_index=True)
     return list(zip(found.tolist(), np.split(order, first[1:]), strict=True))

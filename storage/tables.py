@@ -7,10 +7,10 @@ dictionary-encoded; together they cost a fraction of a byte per row (see docs/de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Final, Self
 
 import numpy as np
@@ -36,7 +36,7 @@ from contracts.schema import (
 )
 from contracts.topology import Device, Sharer
 from contracts.windowtable import FIGURES, WindowTable
-from storage.checksum import SegmentWriter
+from storage.checksum import encoded
 
 _TIME: Final = pa.timestamp("ns", tz="UTC")
 _STORED_TIME: Final = pa.timestamp("us", tz="UTC")
@@ -333,52 +333,69 @@ STORED_SCHEMAS: Final = {
 _SKIPPED_BY: Final = ("time", "delay_ns")
 """Columns of `delays` in which readers search for ranges."""
 _DELTA: Final = dict.fromkeys((*_SKIPPED_BY, REMAINDER), "DELTA_BINARY_PACKED")
+_PLAIN: Final = {REMAINDER, "delay_ns"}
+"""Columns of `delays` in which zstd finds nothing: remainders and differences of delays are random."""
+_COMPRESSED_BEST: Final = {"time", "packet", "rank", "position", "l3_len"}
+"""Columns of `delays` that zstd makes much smaller than LZ4 does. Of the others, which are mostly names, little is left
+in either case, and LZ4 needs no context for each page."""
 _COMPRESSION: Final = {
-    f.name: "none" if f.name in {REMAINDER, "delay_ns"} else "zstd" for f in STORED_SCHEMAS["delays"]
+    f.name: "none" if f.name in _PLAIN else "zstd" if f.name in _COMPRESSED_BEST else "lz4_raw"
+    for f in STORED_SCHEMAS["delays"]
 }
-"""zstd finds nothing in remainders and in differences of delays, which are random, and takes 3 ns for each to try."""
+_PAGES: Final = {"version": "2.6", "max_rows_per_page": 1 << 20, "write_batch_size": 1 << 16}
+"""Pages that are limited by their bytes (1 MiB) alone, and filled with so many rows at a time. pyarrow's defaults,
+20,000 rows a page and 1,024 at a time, take a quarter longer."""
+_FEW_ROWS: Final = 1 << 10
+"""Of files with fewer rows only the lists are compressed: making a context of zstd takes longer than encoding another
+column, and the file becomes larger. Merging encodes their rows again, in larger files."""
 ROW_GROUP_ROWS: Final = 1 << 18
 """Number of rows that are encoded and decoded at a time: about 20 MB as Arrow."""
 
 
-def parquet_options(table: str) -> dict[str, Any]:
-    """Return the encoding of a table as keyword arguments of `SegmentWriter`.
+@cache
+def parquet_options(table: str, *, few: bool = False) -> dict[str, Any]:
+    """Return the encoding of a table as keyword arguments of `SegmentWriter`. `few`: a file with few rows.
 
     Names are dictionaries, times and delays deltas, packets and small numbers plain: zstd compresses their repetitions
     faster than a dictionary is built (123 ns and 6.2 bytes per row; with packets as deltas 142 ns and 6.8). Only
     columns by which readers can skip have statistics: those of a name column cost more than the column itself.
     """
-    if table != "delays":
-        return {"compression": "zstd", "compression_level": 1, "version": "2.6"}
+    if table == "delays":
+        return {
+            **_PAGES,
+            "compression": _COMPRESSION,
+            "compression_level": dict.fromkeys(_COMPRESSED_BEST, 1),
+            "use_dictionary": [c.name for c in DELAYS if c.type == _NAME],
+            "column_encoding": _DELTA,
+            "write_statistics": list(_SKIPPED_BY),
+        }
+    if not few:
+        return {**_PAGES, "compression": "zstd", "compression_level": 1}
+    schema = STORED_SCHEMAS[table]
+    lists = [f"{f.name}.list.element" for f in schema if pa.types.is_list(f.type)]
     return {
-        "compression": _COMPRESSION,
-        "compression_level": {name: 1 for name, codec in _COMPRESSION.items() if codec == "zstd"},
-        "version": "2.6",
-        "use_dictionary": [c.name for c in DELAYS if c.type == _NAME],
-        "column_encoding": _DELTA,
-        "write_statistics": list(_SKIPPED_BY),
+        **_PAGES,
+        "compression": dict.fromkeys(schema.names, "none") | dict.fromkeys(lists, "zstd"),
+        "compression_level": dict.fromkeys(lists, 1) or None,
+        "use_dictionary": [f.name for f in schema if pa.types.is_dictionary(f.type)],
     }
 
 
 def encode(rows: pa.Table, table: str, row_group_rows: int = ROW_GROUP_ROWS) -> pa.Buffer:
     """Return rows of a table (columns `SCHEMAS`) as the bytes of a Parquet file (columns `STORED_SCHEMAS`)."""
-    sink = pa.BufferOutputStream()
-    stored = to_stored(rows)
-    with SegmentWriter(sink, stored.schema, **parquet_options(table)) as writer:
-        writer.write(stored, row_group_rows)
-    return sink.getvalue()
+    return encoded(to_stored(rows), row_group_rows, parquet_options(table, few=len(rows) < _FEW_ROWS))
 
 
 def to_stored(rows: pa.Table) -> pa.Table:
     """Return rows with the columns of the files: `time` in microseconds, rounded down, and its `REMAINDER`."""
     assert rows.schema.field("time").type == _TIME
-    time_ns = rows["time"].cast(pa.int64()).to_numpy()
+    time_ns = _numbers(rows["time"])
     time_us = time_ns // 1_000
     # 16 bits suffice for a difference below 1,000, whatever the upper bits are.
     remainder_ns = time_ns.astype(np.uint16) - time_us.astype(np.uint16) * np.uint16(1_000)
     at = rows.schema.get_field_index("time")
     time = pa.field("time", _STORED_TIME, nullable=False)
-    stored = rows.set_column(at, time, pa.array(time_us).cast(_STORED_TIME))
+    stored = rows.set_column(at, time, pa.array(time_us).view(_STORED_TIME))
     return stored.add_column(at + 1, pa.field(REMAINDER, pa.uint16(), nullable=False), pa.array(remainder_ns))
 
 
@@ -386,11 +403,18 @@ def from_stored(rows: pa.Table) -> pa.Table:
     """Return rows of a file of any version with `time` in nanoseconds, and without `REMAINDER`."""
     if REMAINDER not in rows.column_names:
         return rows
-    time_us = rows["time"].cast(pa.int64()).to_numpy()
+    time_us = _numbers(rows["time"])
     time_ns = time_us * 1_000 + rows[REMAINDER].to_numpy()
     at = rows.schema.get_field_index("time")
-    whole = rows.set_column(at, pa.field("time", _TIME, nullable=False), pa.array(time_ns).cast(_TIME))
+    whole = rows.set_column(at, pa.field("time", _TIME, nullable=False), pa.array(time_ns).view(_TIME))
     return whole.drop_columns([REMAINDER])
+
+
+def _numbers(times: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    """Return times without nulls as numbers."""
+    # `cast` would load pyarrow.compute, which takes 8 MiB and serves nothing else in a run.
+    parts = [each.view(pa.int64()).to_numpy() for each in times.chunks]
+    return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 @cache
@@ -417,12 +441,20 @@ def _named(codes: npt.NDArray[Any], values: Sequence[str]) -> pa.Array:
     """Return a dictionary column of names: `codes` index `values`, which are distinct."""
     if len(codes) and int(codes.max()) >= len(values):
         raise ValueError(f"row with number {int(codes.max())} where {len(values)} names are known: {values}")
-    narrow = codes.astype(np.int16, copy=False)
-    return pa.DictionaryArray.from_arrays(pa.array(narrow), pa.array(values, pa.string()), safe=False)
+    return _dictionary(codes.astype(np.int16, copy=False), values)
+
+
+def _dictionary(codes: npt.NDArray[np.int16], values: Sequence[str]) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array(codes), _strings(tuple(values)), safe=False)
+
+
+@lru_cache(1 << 10)
+def _strings(values: tuple[str, ...]) -> pa.Array:
+    return pa.array(values, pa.string())
 
 
 def _constant(value: str, rows: int) -> pa.Array:
-    return _named(np.zeros(rows, np.int16), [value])
+    return _dictionary(np.zeros(rows, np.int16), [value])
 
 
 Runs = StreamHeader | Sequence[tuple[StreamHeader, int]]
@@ -441,69 +473,58 @@ def _run_columns(runs: Runs, rows: int) -> list[pa.Array]:
     return columns
 
 
-def _device_columns(device: npt.NDArray[Any], devices: Sequence[Device], rank: Sequence[int]) -> list[pa.Array]:
-    """Return the columns of `_DEVICE` up to `rank`. The file has only the devices that the rows name."""
-    code, here, used = _used(device, devices)
-    return [
-        _told(code, [d.container for d in here]),
-        _told(code, [d.netns_name for d in here]),
-        _told(code, [d.name for d in here]),
-        _told(code, [f"{d.netns}:{d.ifindex}" for d in here]),
-        _told(code, [d.kind for d in here]),
-        _told(code, [d.role.value for d in here]),
-        pa.array(np.array([rank[i] for i in used], np.uint8)[code]),
-    ]
+def _container_id(device: Device) -> str:
+    return device.container_id
 
 
-def _container_ids(device: npt.NDArray[Any], devices: Sequence[Device]) -> pa.Array:
-    """Return the column `container_id`."""
-    code, here, _ = _used(device, devices)
-    return _told(code, [d.container_id for d in here])
+class _OfDevices:
+    """Columns that rows have of their devices. Dictionaries have only the names of devices that rows name, in order."""
 
+    def __init__(self, device: npt.NDArray[Any], devices: Sequence[Device]) -> None:
+        """`device` has the index into `devices` of each row's device."""
+        used = np.flatnonzero(np.bincount(device, minlength=len(devices)))
+        if len(used) and int(used[-1]) >= len(devices):
+            raise ValueError(f"row with device {int(used[-1])} where {len(devices)} devices are known")
+        # Of the type that numpy looks up by: it would convert each column's indices otherwise.
+        self._device = device.astype(np.intp, copy=False)
+        self._devices, self._used = devices, used
 
-def _pod_containers(device: npt.NDArray[Any], devices: Sequence[Device]) -> pa.Array:
-    """Return the column `pod_containers`."""
-    code, here, _ = _used(device, devices)
-    return _told(code, [d.pod_containers for d in here])
+    def columns(self, rank: Sequence[int] | None) -> list[pa.Array]:
+        """Return the columns of `_DEVICE` up to `rank`. `rank` has each device's rank; None: that of one run."""
+        ranked = np.array(ranks(self._devices) if rank is None else rank, np.uint8)
+        return [
+            self.names(lambda device: device.container),
+            self.names(lambda device: device.netns_name),
+            self.names(lambda device: device.name),
+            self.names(lambda device: f"{device.netns}:{device.ifindex}"),
+            self.names(lambda device: device.kind),
+            self.names(lambda device: device.role.value),
+            pa.array(ranked.take(self._device)),
+        ]
 
-
-def _owner_netns(owner: npt.NDArray[Any], devices: Sequence[Device]) -> pa.Array:
-    """Return the column `owner_netns`."""
-    code, here, _ = _used(owner, devices)
-    return _told(code, [d.netns_name for d in here])
-
-
-def _used(device: npt.NDArray[Any], devices: Sequence[Device]) -> tuple[npt.NDArray[np.int16], list[Device], list[int]]:
-    """Return the index of each row's device, the devices that rows name, and these devices' indices in `devices`."""
-    used = np.flatnonzero(np.bincount(device, minlength=len(devices)))
-    if len(used) and int(used[-1]) >= len(devices):
-        raise ValueError(f"row with device {int(used[-1])} where {len(devices)} devices are known")
-    narrow = np.zeros(len(devices), np.int16)
-    narrow[used] = np.arange(len(used))
-    numbers = used.tolist()
-    return narrow[device], [devices[i] for i in numbers], numbers
-
-
-def _told(code: npt.NDArray[np.int16], values: list[str]) -> pa.Array:
-    """Return a dictionary column of names: `code` indexes `values`, which may repeat."""
-    distinct = sorted(set(values))
-    number = {v: n for n, v in enumerate(distinct)}
-    if distinct == values:
-        return _named(code, distinct)
-    return _named(np.array([number[v] for v in values], np.int16)[code], distinct)
+    def names(self, name_of: Callable[[Device], str]) -> pa.Array:
+        """Return a dictionary column of the devices' names."""
+        values = [name_of(self._devices[i]) for i in self._used.tolist()]
+        distinct = sorted(set(values))
+        if len(distinct) == 1:
+            return _constant(distinct[0], len(self._device))
+        number = {value: n for n, value in enumerate(distinct)}
+        codes = np.zeros(len(self._devices), np.int16)
+        codes[self._used] = [number[value] for value in values]
+        return _dictionary(codes.take(self._device), distinct)
 
 
 def delays_table(
     header: Runs, delays: Delays, devices: Sequence[Device], rank: Sequence[int] | None = None
 ) -> pa.Table:
     """Return rows of `delays` (columns `DELAYS`). `rank` is each device's rank, if devices are of several runs."""
-    rows = len(delays)
+    rows, of = len(delays), _OfDevices(delays.device, devices)
     return pa.Table.from_arrays(
         [
-            pa.array(delays.utc_ns).cast(_TIME),
+            pa.array(delays.utc_ns).view(_TIME),
             pa.array(delays.packet),
             *_run_columns(header, rows),
-            *_device_columns(delays.device, devices, ranks(devices) if rank is None else rank),
+            *of.columns(rank),
             _named(delays.direction, _DIRECTIONS),
             _named(delays.segment, _SEGMENTS),
             pa.array(delays.position),
@@ -513,7 +534,7 @@ def delays_table(
             _named(delays.outcome, _OUTCOMES),
             pa.array(delays.drop_reason),
             pa.array(delays.waited),
-            _container_ids(delays.device, devices),
+            of.names(_container_id),
         ],
         schema=SCHEMAS["delays"],
     )
@@ -533,20 +554,21 @@ def windows_table(
     rows = len(windows)
     if device is None:
         device = windows.column("device")
+    of = _OfDevices(device, devices)
     offsets = pa.array(windows.edges.astype(np.int32))
     return pa.Table.from_arrays(
         [
-            pa.array(windows.column("start_utc_ns")).cast(_TIME),
+            pa.array(windows.column("start_utc_ns")).view(_TIME),
             pa.array(windows.column("width_s").astype(np.uint32)),
             *_run_columns(header, rows),
-            *_device_columns(device, devices, ranks(devices) if rank is None else rank),
+            *of.columns(rank),
             _named(windows.column("direction"), _DIRECTIONS),
             _named(windows.column("segment"), _SEGMENTS),
             *(pa.array(windows.column(name)) for name in FIGURES),
             pa.ListArray.from_arrays(offsets, pa.array(windows.bins.astype(np.uint16))),
             pa.ListArray.from_arrays(offsets, pa.array(windows.counts)),
-            _container_ids(device, devices),
-            _pod_containers(device, devices),
+            of.names(_container_id),
+            of.names(lambda each: each.pod_containers),
         ],
         schema=SCHEMAS["windows"],
     )
@@ -569,13 +591,14 @@ def stages_table(header: StreamHeader, stages: StageRows) -> pa.Table:
         np.array([getattr(place, name) for place in stages.places], np.int64)[at]
         for name in ("device", "owner", "cpu_queued", "cpu")
     )
+    of = _OfDevices(device, stages.devices)
     offsets = pa.array(counts.edges.astype(np.int32))
     return pa.Table.from_arrays(
         [
-            pa.array(counts.column("start_utc_ns")).cast(_TIME),
+            pa.array(counts.column("start_utc_ns")).view(_TIME),
             pa.array(counts.column("width_s").astype(np.uint32)),
             *_run_columns(header, rows),
-            *_device_columns(device, stages.devices, ranks(stages.devices)),
+            *of.columns(None),
             _named(counts.column("direction"), _DIRECTIONS),
             _named(counts.column("segment"), _MEASURES),
             pa.array(cpu_queued.astype(np.int32)),
@@ -583,8 +606,8 @@ def stages_table(header: StreamHeader, stages: StageRows) -> pa.Table:
             *(pa.array(counts.column(name)) for name in ("count", "sum_ns", "min_ns", "max_ns")),
             pa.ListArray.from_arrays(offsets, pa.array(counts.bins.astype(np.uint16))),
             pa.ListArray.from_arrays(offsets, pa.array(counts.counts)),
-            _container_ids(device, stages.devices),
-            _owner_netns(owner, stages.devices),
+            of.names(_container_id),
+            _OfDevices(owner, stages.devices).names(lambda each: each.netns_name),
         ],
         schema=SCHEMAS["stages"],
     )
@@ -594,7 +617,7 @@ def cpus_table(header: StreamHeader, readings: Sequence[CpuCounters]) -> pa.Tabl
     """Return one row of `cpus` (columns `CPUS`) per reading."""
     return pa.Table.from_arrays(
         [
-            pa.array([each.utc_ns for each in readings], pa.int64()).cast(_TIME),
+            pa.array([each.utc_ns for each in readings], pa.int64()).view(_TIME),
             *_run_columns(header, len(readings)),
             pa.array([each.cpu for each in readings], pa.int32()),
             *(
@@ -611,7 +634,7 @@ def softirqs_table(header: StreamHeader, readings: Sequence[SoftirqCounts]) -> p
     names = ("count", "by_ksoftirqd", "run_ns", "wait_ns", "wait_max_ns", "lost")
     return pa.Table.from_arrays(
         [
-            pa.array([each.utc_ns for each in readings], pa.int64()).cast(_TIME),
+            pa.array([each.utc_ns for each in readings], pa.int64()).view(_TIME),
             *_run_columns(header, len(readings)),
             pa.array([each.cpu for each in readings], pa.int32()),
             *(pa.array([getattr(each, name) for each in readings], pa.int64()) for name in names),
@@ -634,7 +657,7 @@ def round_trips_table(header: StreamHeader, trips: RoundTrips) -> pa.Table:
     grades = ["", *_GRADES]
     return pa.Table.from_arrays(
         [
-            pa.array(trip_times(header, trips)).cast(_TIME),
+            pa.array(trip_times(header, trips)).view(_TIME),
             *_run_columns(header, count),
             *(_constant(value, count) for value in (trips.container, trips.netns, trips.tool, trips.destination)),
             told(rows.seq),
@@ -703,7 +726,7 @@ def ledger_table(entries: Sequence[LedgerRow], flush: int) -> pa.Table:
     ledgers, grades = [e.ledger.as_dict() for e in entries], [e.grades.as_dict() for e in entries]
     return pa.Table.from_arrays(
         [
-            pa.array([e.time_ns for e in entries], pa.int64()).cast(_TIME),
+            pa.array([e.time_ns for e in entries], pa.int64()).view(_TIME),
             pa.array([flush] * len(entries), pa.uint64()),
             *_run_columns([(e.header, 1) for e in entries], len(entries)),
             *(pa.array([each[f.name] for each in ledgers], pa.int64()) for f in fields(Ledger)),
@@ -728,7 +751,18 @@ def grown(rows: pa.Table, table: str) -> pa.Table:
         if field.name not in rows.column_names:
             told = rows["packets"] if field.name == GRADES["buffer"] else _nothing(field.type, len(rows))
             rows = rows.append_column(field.name, told)
-    return rows.select(schema.names).cast(schema)
+    columns = [_as(rows[field.name], field.type) for field in schema]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _as(column: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
+    """Return a column as another type. Names that Arrow has read have wider indices than `_NAME`."""
+    if column.type == type_:
+        return column
+    if pa.types.is_dictionary(column.type) and type_ == _NAME and not column.null_count:
+        named = [_named(each.indices.to_numpy(), each.dictionary.to_pylist()) for each in column.chunks]
+        return pa.chunked_array(named, type_)
+    return column.cast(type_)
 
 
 def _nothing(type_: pa.DataType, rows: int) -> pa.Array:
@@ -744,7 +778,7 @@ def cost_table(header: StreamHeader, time_ns: int, cost: Sequence[HookCost]) -> 
     rows = len(cost)
     return pa.Table.from_arrays(
         [
-            pa.array([time_ns] * rows, pa.int64()).cast(_TIME),
+            pa.array([time_ns] * rows, pa.int64()).view(_TIME),
             *_run_columns(header, rows),
             _named(np.arange(rows), [BY_HOOK[c.hook].name for c in cost]),
             *(pa.array([getattr(c, name) for c in cost], pa.int64()) for name in ("calls", "timed", "timed_ns")),
@@ -758,7 +792,7 @@ def runs_table(header: StreamHeader) -> pa.Table:
     kernel = header.clock.kernel
     return pa.Table.from_arrays(
         [
-            pa.array([header.clock.utc_ns], pa.int64()).cast(_TIME),
+            pa.array([header.clock.utc_ns], pa.int64()).view(_TIME),
             *_run_columns(header, 1),
             pa.array([header.kernel]),
             pa.array([header.boot_id]),

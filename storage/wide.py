@@ -28,7 +28,6 @@ from typing import Any, Final, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import compute
 
 from contracts.arrays import Ints
 from contracts.histogram import BINS, quantiles_of_each
@@ -278,6 +277,8 @@ def _joined(code: Ints, more: Ints) -> Ints:
 
 def _histograms(rows: pa.Table, group: Ints, groups: int) -> tuple[Ints, Ints, Ints]:
     """Return the histograms of all groups end to end: edges, ascending bins and their counts, as `WindowTable` does."""
+    from pyarrow import compute  # noqa: PLC0415 (8 MiB, which a run takes when its first hour ends)
+
     sizes = compute.list_value_length(rows["bins"]).to_numpy()
     bins, counts = (
         compute.list_flatten(rows[name]).to_numpy().astype(np.int64, copy=False) for name in ("bins", "counts")
@@ -312,7 +313,7 @@ def folded(group: Sequence[SegmentFile], verify: Callable[[SegmentFile], object]
         verify(each)
         for batch in _decoded(each.path):
             _note(about, batch)
-            chosen = batch.filter(compute.equal(batch["width_s"], FROM_S))
+            chosen = batch.filter(pa.array(batch["width_s"].to_numpy() == FROM_S))
             if len(chosen):
                 waiting.append(chosen)
                 waits += len(chosen)

@@ -406,7 +406,7 @@ class FtraceSource(RingSource):
                 after = int(part.batch.ts_ns[gap.index]) if gap.index < len(part.batch) else last
                 pieces.append(marker(cpu.cpu, min(max(last, cpu.complete_ns), after), next(lost), after))
                 start = gap.index
-            pieces.append(part.batch[start:])
+            pieces.append(part.batch[start:] if start else part.batch)
             if len(part.batch):
                 cpu.last_ns = int(part.batch.ts_ns[-1])
             yield Batch.concatenate(pieces)

@@ -372,11 +372,20 @@ static PyObject *joiner_windows(PyObject *self, PyObject *before)
 	return is_usable(j) ? windows_take(j, before_ns, all) : NULL;
 }
 
-static PyObject *joiner_rows(PyObject *self, PyObject *Py_UNUSED(none))
+static PyObject *joiner_rows(PyObject *self, PyObject *entries)
 {
 	struct joiner *j = (struct joiner *)(void *)self;
+	PyObject *result = NULL;
+	Py_buffer buffer;
 
-	return is_usable(j) ? rows_take(j) : NULL;
+	if (!is_usable(j) || PyObject_GetBuffer(entries, &buffer, PyBUF_C_CONTIGUOUS))
+		return NULL;
+	if (buffer.itemsize != 4)
+		PyErr_SetString(PyExc_IndexError, "not numbers of 4 bytes");
+	else
+		result = rows_take(j, buffer.buf, (size_t)buffer.len / 4);
+	PyBuffer_Release(&buffer);
+	return result;
 }
 
 static PyObject *joiner_measured(PyObject *self, PyObject *Py_UNUSED(none))
@@ -406,7 +415,7 @@ static PyMethodDef joiner_methods[] = {
 	{ "add", joiner_add, METH_O, NULL },
 	{ "end", joiner_end, METH_VARARGS, NULL },
 	{ "windows", joiner_windows, METH_O, NULL },
-	{ "rows", joiner_rows, METH_NOARGS, NULL },
+	{ "rows", joiner_rows, METH_O, NULL },
 	{ "measured", joiner_measured, METH_NOARGS, NULL },
 	{ "open", joiner_open, METH_NOARGS, NULL },
 	{ "loose", joiner_loose, METH_NOARGS, NULL },

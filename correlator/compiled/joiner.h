@@ -375,7 +375,7 @@ int loose_release(struct joiner *j, bool last, int64_t settled, int64_t most);
 int64_t loose_oldest(const struct joiner *j);
 
 /* tables.c */
-PyObject *rows_take(struct joiner *j);
+PyObject *rows_take(struct joiner *j, const int32_t *entries, size_t entry_count);
 PyObject *told_take(struct joiner *j);
 PyObject *open_columns(const struct joiner *j);
 PyObject *loose_columns(const struct joiner *j);

@@ -9,6 +9,7 @@ joiner at a time (`RuntimeError`); `add`, `restore` and `end` release the GIL.
 from collections.abc import Callable
 from typing import Any, TypeAlias, final
 
+import numpy as np
 import numpy.typing as npt
 
 from contracts.arrays import Ints
@@ -65,9 +66,11 @@ class Joiner:
         int64 of shapes (6, n) and (4, m): the tables of `correlator.windows`, in their order.
         """
 
-    def rows(self) -> Columns:
+    def rows(self, entries: npt.NDArray[np.int32], /) -> Columns:
         """Return the columns of `contracts.schema.Delays`, and forget the rows.
 
+        `entries` has the index into `Rows.devices` of each entry that `shape` has named. Raises `IndexError` if it
+        lacks one; the rows then stay.
         In order of time: rows of lives that have ended, and then those of lives that had waited for another buffer's.
         """
 

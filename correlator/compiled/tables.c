@@ -7,51 +7,93 @@
 
 #define DIGIT_BITS 11
 #define DIGITS (1u << DIGIT_BITS)
+#define PASSES 3 /* for 32 bits of time */
 
 struct ranked {
-	uint64_t above; /* time since the earliest */
+	int64_t utc;
 	uint32_t at;
 };
 
-/* Order rows by time, equal times as they came: a radix sort (Knuth, TAOCP 3, 5.2.5). Returns NULL without memory. */
-static struct ranked *in_order(const struct row *rows, uint32_t count)
+static int by_utc(const void *a, const void *b)
 {
-	struct ranked *order = malloc(((size_t)count + 1) * sizeof(*order));
-	struct ranked *next = malloc(((size_t)count + 1) * sizeof(*next));
-	int64_t low = INT64_MAX;
-	uint64_t highest = 0;
+	const struct ranked *one = a, *other = b;
 
-	if (!order || !next) {
-		free(order);
-		free(next);
-		return NULL;
-	}
+	if (one->utc != other->utc)
+		return one->utc < other->utc ? -1 : 1;
+	return one->at < other->at ? -1 : one->at > other->at;
+}
+
+/* Fill the lower halves of `order` with the indices of rows that are more than four seconds apart; return 0 or -1. */
+static int order_apart(const struct row *rows, uint32_t count, uint64_t *order)
+{
+	struct ranked *ranked = malloc(count * sizeof(*ranked));
+
+	if (!ranked)
+		return -1;
 	for (uint32_t i = 0; i < count; i++)
-		low = rows[i].utc < low ? rows[i].utc : low;
+		ranked[i] = (struct ranked){ rows[i].utc, i };
+	qsort(ranked, count, sizeof(*ranked), by_utc);
+	for (uint32_t i = 0; i < count; i++)
+		order[i] = ranked[i].at;
+	free(ranked);
+	return 0;
+}
+
+/*
+ * Order rows by time, equal times as they came: a radix sort (Knuth, TAOCP 3, 5.2.5). The lower half of an element is
+ * a row's index, the upper half its time since the earliest. Returns NULL without memory.
+ */
+static uint64_t *in_order(const struct row *rows, uint32_t count)
+{
+	uint64_t *order = malloc(((size_t)count + 1) * sizeof(*order));
+	uint64_t *next = malloc(((size_t)count + 1) * sizeof(*next));
+	uint32_t begins[PASSES][DIGITS] = { 0 };
+	int64_t low = INT64_MAX, high = INT64_MIN;
+	uint64_t span;
+
+	if (!order || !next)
+		goto failed;
 	for (uint32_t i = 0; i < count; i++) {
-		order[i] = (struct ranked){ (uint64_t)minus(rows[i].utc, low), i };
-		highest = order[i].above > highest ? order[i].above : highest;
+		low = rows[i].utc < low ? rows[i].utc : low;
+		high = rows[i].utc > high ? rows[i].utc : high;
 	}
-	for (unsigned int shift = 0; shift < 64 && highest >> shift; shift += DIGIT_BITS) {
-		uint32_t begins[DIGITS] = { 0 };
+	span = count ? (uint64_t)minus(high, low) : 0;
+	if (span > UINT32_MAX) {
+		if (order_apart(rows, count, order))
+			goto failed;
+		free(next);
+		return order;
+	}
+	for (uint32_t i = 0; i < count; i++) {
+		const uint64_t above = (uint64_t)minus(rows[i].utc, low);
+
+		order[i] = above << 32 | i;
+		for (int pass = 0; pass < PASSES; pass++)
+			begins[pass][above >> pass * DIGIT_BITS & (DIGITS - 1)]++;
+	}
+	for (int pass = 0; pass < PASSES && span >> pass * DIGIT_BITS; pass++) {
+		const int shift = 32 + pass * DIGIT_BITS;
+		uint32_t *begin = begins[pass];
+		uint64_t *swapped = order;
 		uint32_t sum = 0;
-		struct ranked *swapped = order;
 
-		for (uint32_t i = 0; i < count; i++)
-			begins[order[i].above >> shift & (DIGITS - 1)]++;
 		for (uint32_t digit = 0; digit < DIGITS; digit++) {
-			const uint32_t here = begins[digit];
+			const uint32_t here = begin[digit];
 
-			begins[digit] = sum;
+			begin[digit] = sum;
 			sum += here;
 		}
 		for (uint32_t i = 0; i < count; i++)
-			next[begins[order[i].above >> shift & (DIGITS - 1)]++] = order[i];
+			next[begin[order[i] >> shift & (DIGITS - 1)]++] = order[i];
 		order = next;
 		next = swapped;
 	}
 	free(next);
 	return order;
+failed:
+	free(order);
+	free(next);
+	return NULL;
 }
 
 /* Make columns for `count` rows; the element sizes end with 0. Returns a tuple. */
@@ -76,17 +118,29 @@ static PyObject *columns_of(const size_t *sizes, size_t count, void **data)
 	return tuple;
 }
 
-/* Return the columns of contracts.schema.Delays: lives that have ended, then those that had waited. Forget the rows. */
-PyObject *rows_take(struct joiner *j)
+/*
+ * Return the columns of contracts.schema.Delays: lives that have ended, then those that had waited. Forget the rows.
+ * `entries` has the stored entry of each that an answer about a shape has named.
+ */
+PyObject *rows_take(struct joiner *j, const int32_t *entries, size_t entry_count)
 {
 	static const size_t sizes[] = { 8, 8, 4, 1, 1, 1, 8, 4, 1, 1, 2, 1, 0 };
 	const uint32_t count = j->row_count;
-	void *data[12];
-	PyObject *tuple = columns_of(sizes, count, data);
 	const uint32_t ended = j->row_ended;
-	struct ranked *order = tuple ? in_order(j->rows, ended) : NULL;
-	struct ranked *released = tuple ? in_order(j->rows + ended, count - ended) : NULL;
+	void *data[12];
+	PyObject *tuple;
+	uint64_t *order, *released;
 
+	for (uint32_t i = 0; i < count; i++) {
+		if (j->rows[i].entry >= entry_count) {
+			PyErr_Format(PyExc_IndexError, "a row of entry %u, of %zu",
+				     (unsigned int)j->rows[i].entry, entry_count);
+			return NULL;
+		}
+	}
+	tuple = columns_of(sizes, count, data);
+	order = tuple ? in_order(j->rows, ended) : NULL;
+	released = tuple ? in_order(j->rows + ended, count - ended) : NULL;
 	if (!order || !released) {
 		free(order);
 		free(released);
@@ -94,12 +148,12 @@ PyObject *rows_take(struct joiner *j)
 		return tuple ? PyErr_NoMemory() : NULL;
 	}
 	for (uint32_t i = 0; i < count; i++) {
-		const struct row *row = i < ended ? &j->rows[order[i].at] :
-						    &j->rows[ended + released[i - ended].at];
+		const uint32_t at = (uint32_t)(i < ended ? order[i] : released[i - ended]);
+		const struct row *row = &j->rows[i < ended ? at : ended + at];
 
 		((int64_t *)data[0])[i] = row->utc;
 		((uint64_t *)data[1])[i] = row->packet;
-		((uint32_t *)data[2])[i] = row->entry;
+		((int32_t *)data[2])[i] = entries[row->entry];
 		((uint8_t *)data[3])[i] = row->direction;
 		((uint8_t *)data[4])[i] = row->segment;
 		((uint8_t *)data[5])[i] = row->position;

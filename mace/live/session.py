@@ -6,6 +6,7 @@ The progress goes to stderr and vanishes; the caller prints the result. `mace.li
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, Unpack
@@ -93,6 +94,9 @@ class Session:
         """Measure until `until` ends, with a table on the terminal (`runs.measure`); returns the figures."""
 
         def begin(header: StreamHeader, chosen: str) -> None:
+            # What is loaded by now stays to the end: a collection of all objects need not visit it each time.
+            gc.collect()
+            gc.freeze()
             self.say(f"measuring {header.host}, Linux {header.kernel}, {chosen}")
             if silent := silent_on(header.kernel):
                 self.say(silent)

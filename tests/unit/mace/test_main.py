@@ -32,3 +32,21 @@ def test_arrow_takes_the_allocator_that_holds_least():
 @pytest.mark.parametrize("chosen", ["system", "mimalloc"])
 def test_an_allocator_that_the_user_chose_is_kept(chosen):
     assert told(**{VARIABLE: chosen}) == [chosen, chosen]
+
+
+def test_arrow_does_without_pandas_which_others_can_still_import():
+    pytest.importorskip("pandas")
+    told = """
+import sys
+from mace import __main__
+sys.argv = ["mace", "hooks"]
+assert __main__.main() == 0
+import numpy as np
+import pyarrow as pa
+assert pa.array(np.arange(3)).to_pylist() == [0, 1, 2]
+assert "pandas" not in sys.modules
+import pandas
+print(len(pandas.Series([1])))
+"""
+    done = subprocess.run([sys.executable, "-c", told], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "1"

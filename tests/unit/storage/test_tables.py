@@ -11,7 +11,7 @@ from contracts.hooks import Hook
 from contracts.schema import Delays, Direction, Grades, HookCost
 from contracts.topology import Sharer
 from contracts.windowtable import WindowTable
-from storage import tables, wide
+from storage import checksum, tables, wide
 from storage.wide import fold
 from tests.made_results import HEADER, make_delays, make_results, make_stages, make_windows, topology
 from tests.made_trips import made_trips
@@ -131,4 +131,26 @@ def test_names_are_dictionaries_and_times_are_deltas():
     assert "RLE_DICTIONARY" in encodings["container"]
     compressions = {group.column(i).path_in_schema: group.column(i).compression for i in range(group.num_columns)}
     assert {compressions.pop(name) for name in ("time_remainder_ns", "delay_ns")} == {"UNCOMPRESSED"}
-    assert set(compressions.values()) == {"ZSTD"}
+    assert {compressions.pop(name) for name in ("time", "packet", "rank", "position", "l3_len")} == {"ZSTD"}
+    assert set(compressions.values()) == {"LZ4"}
+
+
+@pytest.mark.parametrize(("rows", "compressed"), [(1, {"bins.list.element", "counts.list.element"}), (5_000, None)])
+def test_only_the_lists_of_a_file_with_few_rows_are_compressed(rows, compressed):
+    windows = WindowTable.of(make_windows(make_delays(100)))[np.zeros(rows, np.int64)]
+    data = tables.encode(tables.windows_table(HEADER, windows, topology()), "windows")
+    group = pq.ParquetFile(pa.BufferReader(data)).metadata.row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    found = {column.path_in_schema for column in columns if column.compression == "ZSTD"}
+    assert found == (compressed or {column.path_in_schema for column in columns})
+
+
+def test_bytes_encoded_at_once_have_the_checksum_of_a_writers():
+    table = tables.to_stored(tables.delays_table(HEADER, make_delays(500), topology()))
+    options = tables.parquet_options("delays")
+    sink = io.BytesIO()
+    with checksum.SegmentWriter(sink, table.schema, **options) as writer:
+        writer.write(table, 100)
+    assert sink.getvalue() == checksum.encoded(table, 100, options).to_pybytes()
+    assert checksum.has_sum(sink.getvalue())
+    assert checksum.mismatch_of(sink.getvalue()) == ""

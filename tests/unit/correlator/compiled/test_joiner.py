@@ -17,6 +17,7 @@ from tests.places import ROOT
 NOTHING = np.zeros(0, np.int64)
 Q, X, END = int(Hook.NET_DEV_QUEUE), int(Hook.NET_DEV_START_XMIT), int(Hook.CONSUME_SKB)
 ROW = (0, 1, 5, 1, 1, 0)
+ENTRIES = np.arange(0, 60, 10, dtype=np.int32)
 
 
 def answer(*numbers):
@@ -63,11 +64,47 @@ def test_a_life_is_measured_by_its_shape():
     made.add(LIFE)
     counts = numbers(made.end(10, False, 100, 100))
     assert (counts.records, counts.matched, counts.buffer, counts.open_records, counts.cells) == (3, 3, 1, 0, 1)
-    utc, _, entry, *_ = made.rows()
-    assert (np.frombuffer(utc, np.int64).tolist(), np.frombuffer(entry, np.int32).tolist()) == ([1], [5])
+    utc, _, entry, *_ = made.rows(ENTRIES)
+    assert (np.frombuffer(utc, np.int64).tolist(), np.frombuffer(entry, np.int32).tolist()) == ([1], [50])
     (_, windows), ((records, *_), (shape, *_)) = made.windows(None), made.measured()
     assert np.frombuffer(windows, np.int64).tolist() == [0, 5 << 5 | 1 << 3 | 1, 2, 1]
     assert (len(records) // 8, len(shape) // 4) == (3, 1)
+
+
+def test_an_entry_without_an_index_raises_and_the_rows_stay():
+    made = joiner()
+    made.add(LIFE)
+    made.end(10, False, 100, 100)
+    for entries in (ENTRIES[:5], ENTRIES.astype(np.int64)):
+        with pytest.raises(IndexError):
+            made.rows(entries)
+    assert [len(column) for column in made.rows(ENTRIES)[:3]] == [8, 8, 4]
+    assert not any(map(len, made.rows(ENTRIES)))
+
+
+@pytest.mark.parametrize("apart_ns", [10, 1 << 22, 1 << 31, 1 << 32, 1 << 40])
+def test_rows_are_in_order_of_time_and_equal_times_as_lives_ended(apart_ns):
+    # Lives begin in one order and end in the opposite one; the last two begin at one time.
+    starts = [number * apart_ns for number in range(30)] + [29 * apart_ns]
+    records = [(at, 1 + skb, Q, 1) for skb, at in enumerate(starts)]
+    records += [(starts[-1] + 1 + n, 1 + skb, hook, 1) for n, skb in enumerate(range(30, -1, -1)) for hook in (X, END)]
+    made = Joiner(
+        answers.TABLES,
+        (1 << 50, 100, 0),
+        (True, False),
+        (lambda a, b: (identity.JOIN, -1, -1, 0), lambda dev: -1, lambda a, b: False, one_row),
+    )
+    made.forget(np.array([-1, 3]))
+    made.begin(NOTHING, NOTHING, NOTHING, NOTHING)
+    made.add(columns(*records))
+    made.end(starts[-1] + 100, False, 100, 100)
+    utc, _, _, _, _, _, delay, *_ = made.rows(ENTRIES)
+    assert np.frombuffer(utc, np.int64).tolist() == starts
+    ends = [starts[-1] + 31 - skb for skb in range(31)]
+    # Of equal times the life that ended first is first.
+    expected = [end - start for start, end in zip(starts, ends, strict=True)]
+    expected[-2:] = expected[:-3:-1]
+    assert np.frombuffer(delay, np.int64).tolist() == expected
 
 
 def test_each_case_is_asked_once():
@@ -192,7 +229,7 @@ def test_extreme_times_wrap():
     made = joiner()
     made.add(columns(*((ts, 7, hook, 1) for ts in ends for hook in (Q, X, X)), (0, 7, END, 0)))
     made.end(ends[1], True, 100, 100)
-    made.rows()
+    made.rows(ENTRIES)
     made.windows(ends[0])
     assert len(made.windows(None)[0])
 
