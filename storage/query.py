@@ -105,6 +105,8 @@ _CLOCK: Final = (
 """Expressions over `runs`, named r, from which `_pair` makes a clock pair."""
 _NO_CLOCK: Final = ClockPair(0, 0, 0)
 _PLACE: Final = "host, rank, container, netns, device, device_id, kind, role"
+STAGE_GROUPS: Final = (*_PLACE.split(", "), "owner_netns", "direction", "measure", "cpu_queued", "cpu")
+"""Columns of `stages` by which its counts are merged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -811,7 +813,7 @@ class StoreReader:
         """
         where = replace(self._by_newest_name(where), device=None)
         condition, values = _condition(where, [], windows=True)
-        by = (*_PLACE.split(", "), "owner_netns", "direction", "measure", "cpu_queued", "cpu")
+        by = STAGE_GROUPS
 
         def take(connection: duckdb.DuckDBPyConnection, sql: str, values: dict[str, Any]) -> Histograms:
             merged = Histograms(by)
@@ -820,13 +822,7 @@ class StoreReader:
             return merged
 
         sql = f"SELECT {', '.join(by)}, count, sum_ns, min_ns, max_ns, bins, counts FROM {{stages}} WHERE {condition}"
-        found = []
-        for key, durations in self._query(sql, where, values, None, take).distributions():
-            netns, direction, measure, cpu_queued, cpu = key[8:]
-            way = Direction[direction.upper()]
-            found.append(StageCount(_place(key[:8]), netns, way, Measure[measure.upper()], cpu_queued, cpu, durations))
-        found.sort(key=_along_the_path)
-        return found
+        return stage_counts(self._query(sql, where, values, None, take))
 
     @_written_by_mace
     def cpu_growth(self, where: Filter = Filter()) -> list[CpuGrowth]:
@@ -1779,6 +1775,17 @@ def _groups(
     for i, (key, *numbers) in enumerate(zip(keys, *(each.tolist() for each in figures), strict=True)):
         piece = slice(edges[i], edges[i + 1])
         yield key, (*numbers, bins[piece], counts[piece])
+
+
+def stage_counts(merged: Histograms) -> list[StageCount]:
+    """Return what rows of `stages`, merged by `STAGE_GROUPS`, have counted, in path order."""
+    found = []
+    for key, durations in merged.distributions():
+        netns, direction, measure, cpu_queued, cpu = key[8:]
+        way = Direction[direction.upper()]
+        found.append(StageCount(_place(key[:8]), netns, way, Measure[measure.upper()], cpu_queued, cpu, durations))
+    found.sort(key=_along_the_path)
+    return found
 
 
 def _along_the_path(one: StageCount) -> tuple[Any, ...]:

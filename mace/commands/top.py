@@ -34,6 +34,7 @@ class Options:
     duration: float | None
     capture: CaptureOptions
     filter: FilterOptions
+    cpus: bool
     config: Path | None
 
     @property
@@ -66,6 +67,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     with_duration(parser)
     with_capture(parser)
     with_filter(parser)
+    parser.add_argument(
+        "--cpus",
+        action="store_true",
+        help="count which CPU works on packets, live or in recordings, for the key c; a store has it or not",
+    )
     with_config(parser)
 
 
@@ -96,7 +102,11 @@ def _measure(options: Options, console: Console) -> None:
     from mace.shown.top import running
 
     configured = settings.configured(
-        options.config, capture=options.capture, chosen=options.filter, place=settings.lab_of(options.lab)
+        options.config,
+        capture=options.capture,
+        chosen=options.filter,
+        place=settings.lab_of(options.lab),
+        cpus=options.cpus,
     )
     running.require_library()
     watched = Watched(configured, settings.lasting(options.duration))
@@ -121,7 +131,7 @@ def _look_back(options: Options, console: Console) -> None:
 
     configured = config.load(options.config)
     running.require_library()
-    with settings.store_to_read(options.recordings, options.store, configured) as path:
+    with settings.store_to_read(options.recordings, options.store, configured, stages=options.cpus) as path:
         for told in _shown(options, path):
             console.complain(told)
 

@@ -16,6 +16,8 @@ from contracts.errors import UsageError
 
 VERSIONS: Final = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 """Versions in which plugins are chained. Whether a plugin has a version, the plugin says itself."""
+_BRIDGE: Final = "cni0"
+"""Name that the plugin bridge gives a bridge without one."""
 _NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")
 """Names of networks, and of plugins, which are files of a directory (specification 1.0.0, section 1)."""
 
@@ -38,6 +40,12 @@ class NetworkList:
         """Names of the executables: the plugins and the plugins that they call for addresses."""
         addresses = [plugin["ipam"]["type"] for plugin in self.plugins if plugin.get("ipam")]
         return tuple(dict.fromkeys([*self.types, *addresses]))
+
+    @property
+    def bridges(self) -> tuple[str, ...]:
+        """Names of the bridges that plugins make in the host's namespace: these do not depend on the lab."""
+        found = [plugin.get("bridge", _BRIDGE) for plugin in self.plugins if plugin["type"] == "bridge"]
+        return tuple(name for name in dict.fromkeys(found) if isinstance(name, str))
 
     def request(self, position: int, previous: Mapping[str, Any] | None, directory: Path) -> dict[str, Any]:
         """Return what the plugin at `position` gets on its standard input.

@@ -89,8 +89,8 @@ def problems(layout: Layout, env: Mapping[str, str]) -> list[Unavailable]:
         elif layout is Layout.IPIP:
             netns.run(["ip", "link", "add", "name", "try-ipip", "type", "ipip", "local", "127.0.0.1"], env=env)
     except (OSError, LabError) as error:
-        since = ", which Linux has since 6.7 (CONFIG_NETKIT)" if kind == "netkit" else ""
-        remedy = f"modprobe {kind}, or boot a kernel with it{since}"
+        option = "Linux 6.7 or later with CONFIG_NETKIT" if kind == "netkit" else "a kernel with CONFIG_NET_IPIP"
+        remedy = f"modprobe {kind}, or boot {option}"
         why = f"the kernel makes no {kind} device ({str(error).splitlines()[-1]})"
         return [Unavailable(f"lab --layout {layout}", why, remedy)]
     return []

@@ -310,6 +310,7 @@ def up(spec: Spec, *, detached: bool = True) -> Lab:
             _LOG.warning("lab %r: removing what is left of it (%s)", spec.name, why)
             _clean(old)
         _remove_strays(spec.name)
+        _refuse_same_bridge(spec)
 
         record = State(spec, owner=None if detached else state.this_process())
         for member, (ipv4, ipv6) in plan.ends(spec).items():
@@ -404,6 +405,29 @@ def list_labs() -> list[LabInfo]:
         runtime = "cni" if record.spec.cni and record.spec.runtime is Runtime.NETNS else record.spec.runtime.value
         infos.append(LabInfo(name, status, runtime, members, detail))
     return infos
+
+
+def _refuse_same_bridge(spec: Spec) -> None:
+    """Raise `LabError` if another lab has a bridge of a name that the lab's CNI configuration gives to one.
+
+    ftrace records devices by name alone: it would take the packets of both bridges for packets of either.
+    """
+    wanted = set(cni_list.parse(spec.cni).bridges) if spec.cni else set()
+    for name in state.names() if wanted else ():
+        if name == spec.name:
+            continue
+        with suppress(LabError):  # another lab's file that cannot be read is that lab's trouble
+            other = state.load(name)
+            if other is None or not other.spec.cni or (_trouble(other) and not state.is_locked(name)):
+                continue
+            both = wanted & set(cni_list.parse(other.spec.cni).bridges)
+            if both:
+                told = ", ".join(sorted(both))
+                raise UsageError(
+                    f"lab {name!r} is up and has a bridge {told}, too, and the kernel's tracepoints name a device by"
+                    f' its name alone: give the bridge another name in the file ("bridge": "..."), or remove that lab'
+                    f" (`mace lab down {name}`)"
+                )
 
 
 @contextmanager

@@ -21,9 +21,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from collector.machine.softnet import counters
 from collector.memory import keep_freed_memory
 from contracts.config import Config, SinksConfig
-from contracts.errors import SourceError, StoreError, Unavailable
+from contracts.cpu_figures import CpuReport
+from contracts.errors import SourceError, StoreError, Unavailable, UsageError
 from contracts.figures import Summary
 from contracts.hooks import silent_on
 from contracts.interfaces import StreamHeader
@@ -33,6 +35,7 @@ from contracts.results import Results
 from mace.live import first, runs
 from mace.live.keeping import KeptStream
 from mace.live.pipeline import Stop
+from mace.live.recent_stages import RecentStages
 from mace.live.runs import Until
 from mace.shown.top.feed import Look
 from mace.shown.worst import WorstPackets
@@ -58,7 +61,7 @@ class Watched:
 
         Raises `Unavailable` if the source cannot choose the configured packets.
         """
-        rows = replace(config.correlate, rows=True)
+        rows = replace(config.correlate, rows=True, softirqs=False)
         self._config = replace(config, sinks=SinksConfig(), correlate=rows)
         self._until = until
         # What may be written to a file has to be chosen in the kernel, as for `mace record`.
@@ -67,6 +70,7 @@ class Watched:
         self._lock = threading.Lock()
         self._recent = Recent()
         self._worst: WorstPackets | None = None
+        self._stages = RecentStages() if config.correlate.cpus else None
         self._ledger = Ledger()
         self._losses: tuple[str, ...] = ()
         self._unseen: tuple[str, ...] = ()
@@ -152,6 +156,14 @@ class Watched:
                 return []
             return self._worst.worst(limit, look.moment.since_utc_ns, chosen or (lambda _: True))
 
+    async def cpus(self, look: Look) -> CpuReport:
+        """Return which CPU worked on the packets of the look's minute, in the intervals that have ended."""
+        if self._stages is None:
+            raise UsageError("which CPU works on packets is not counted: start `mace top --cpus`")
+        with self._lock:
+            chosen = self._stages.chosen(look.moment.since_utc_ns)
+        return await asyncio.to_thread(chosen.report)
+
     def move(self, seconds: int | None, *, to_end: bool = False) -> None:
         """Time goes on by itself."""
 
@@ -235,6 +247,8 @@ class Watched:
         with self._lock:
             self._header, self.chosen = header, chosen
             self._worst = WorstPackets(header.host, header.run)
+            if self._stages is not None:
+                self._stages.begin(header, counters())
         self._opened.set()
 
     def _take(self, results: Results, summary: Summary) -> None:
@@ -248,6 +262,8 @@ class Watched:
             self._recent.add(results)
             assert self._worst is not None, "the source is open"
             self._worst.add(results)
+            if self._stages is not None and len(results.rows.stages):
+                self._stages.add(results.rows, counters())
             self._ledger, self._losses, self._unseen = now, losses, unseen
             self._sharers = tuple(summary.on_host_network)
 

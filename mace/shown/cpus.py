@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import pyarrow as pa
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from contracts import cpu_figures
 from contracts.cpu_figures import CpuReport, StageFigures
@@ -30,33 +30,43 @@ def show(store: StoreReader, where: Filter, console: Console, *, form: str) -> N
 
     CSV has the stages alone. Raises `UsageError` for a store without stages.
     """
-    runs = store.runs(where)
+    found = figures(store, where)
+    if form == "csv":
+        rows.write_csv(_stages(found).to_reader())
+        return
+    summary = _losses(store.runs(where))
+    if form == "json":
+        json_line(found.as_dict() | {"ledger": summary.ledger.as_dict()})
+        return
+    console.print(*tables.losses_panel(summary), *drawn(found))
+    for one in found.containers:
+        console.print(one.sentence(), soft_wrap=True)
+    console.print("", tables.ledger_line(summary))
+
+
+def figures(store: StoreReader, where: Filter) -> CpuReport:
+    """Return the figures of the packets that the filter admits. Raises `UsageError` for a store without stages."""
     counts = store.stages(where)
     if not counts and not store.segments("stages"):
         raise UsageError(
             f"{store.path}: the store does not have which CPU worked on packets: measure or replay with --cpus, or name"
             " a recording in place of the store"
         )
-    found = cpu_figures.report(counts, store.cpu_growth(where), store.softirqs(where), _spans(runs, where))
-    if form == "csv":
-        rows.write_csv(_stages(found).to_reader())
-        return
-    summary = _losses(runs)
-    if form == "json":
-        json_line(found.as_dict() | {"ledger": summary.ledger.as_dict()})
-        return
-    console.print(*tables.losses_panel(summary), _stage_table(found.stages), "", _cpu_table(found))
+    spans = _spans(store.runs(where), where)
+    return cpu_figures.report(counts, store.cpu_growth(where), store.softirqs(where), spans)
+
+
+def drawn(found: CpuReport) -> list[RenderableType]:
+    """Return the tables; the sentences follow."""
+    made: list[RenderableType] = [_stage_table(found.stages), "", _cpu_table(found)]
     if any(one.growth is None for one in found.cpus):
-        console.print(styled(_NOT_KNOWN, "dim"))
+        made.append(styled(_NOT_KNOWN, "dim"))
     softirqs = [one.softirqs for one in found.cpus if one.softirqs is not None]
     if softirqs:
-        console.print("", _softirq_table(found))
+        made += ["", _softirq_table(found)]
         if lost := sum(one.lost for one in softirqs):
-            console.print(styled(f"The tracer lost {lost:,} events of softirqs: some are in no count.", "dim"))
-    console.print("", _container_table(found), "")
-    for one in found.containers:
-        console.print(one.sentence(), soft_wrap=True)
-    console.print("", tables.ledger_line(summary))
+            made.append(styled(f"The tracer lost {lost:,} events of softirqs: some are in no count.", "dim"))
+    return [*made, "", _container_table(found), ""]
 
 
 def _spans(runs: Sequence[Run], where: Filter) -> dict[str, int]:

@@ -162,6 +162,21 @@ def test_a_plugins_error_is_one_line_with_its_code_and_undoes_what_came_before(n
     assert (last["CNI_COMMAND"], "prevResult" in last["asked"]) == ("DEL", False), "DEL has a result from 0.4.0 on"
 
 
+def test_two_labs_have_no_bridge_of_one_name(name, spied):
+    """ftrace could not distinguish their packets; the message says what to do, and nothing is left of the second."""
+    with own_lab("second") as second, running(Spec(name, cni=conflist(BRIDGE))):
+        same = Spec(second, cni=conflist({**BRIDGE, "isGateway": False}, PORTMAP))
+        with pytest.raises(
+            UsageError, match=rf"lab '{name}' is up and has a bridge cnitest0, too.*mace lab down {name}"
+        ):
+            up(same)
+        assert second not in {info.name for info in list_labs()}
+        with running(Spec(second, cni=conflist({**BRIDGE, "bridge": "cnitest1"}))) as lab:
+            assert lab.ping("c1", count=1).received == 1
+    with own_lab("third") as third, running(Spec(third, cni=conflist(BRIDGE))) as lab:
+        assert lab.ping("c1", count=1).received == 1
+
+
 @pytest.mark.slow
 @pytest.mark.needs("tracefs", "ifb")
 def test_packets_behind_a_bandwidth_limit_are_matched_both_ways(name):

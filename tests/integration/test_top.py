@@ -129,7 +129,7 @@ def measured(lab, tmp_path):
     with terminal(tmp_path) as made:
         pings = lab.start_ping("c1", count=100_000)
         try:
-            made.run(*MACE_TOP, "--lab", lab.name, "--source", "ftrace")
+            made.run(*MACE_TOP, "--lab", lab.name, "--source", "ftrace", "--cpus")
             made.has(r"c1 +egress +\d")
             yield made
         finally:
@@ -177,6 +177,20 @@ class TestOverALab:
         measured.has(r"^status 0$")
         assert measured.is_as_before()
         assert trace_instances(pid) == []
+
+    def test_the_page_of_cpus(self, measured):
+        def counted():
+            """Open the page of CPUs; leave it unless an interval of ten seconds has ended."""
+            measured.type("c")
+            there = measured.has("Stages: CPU|nothing is counted yet")[0].startswith("Stages")
+            if not there:
+                measured.type("c")
+            return there
+
+        wait_for(counted, limit_s=120, what="an interval of stages")
+        measured.has(r"eth0 +c1 +egress +\d → \d")
+        measured.type("c")
+        measured.has("container▴")
 
     def test_ctrl_c_ends_it(self, measured):
         pid = measured.pid("top")

@@ -55,6 +55,7 @@ mace top: the time that packets spend in containers' devices, as it happens
   1, 2, 3        figures of the last 1, 10 or 60 s
   f              freeze the table, and let it go on; the ledger always goes on
   w              the packets with the largest overhead of the last minute, hop by hop
+  c              which CPU works on the packets of the last minute, as mace report --cpus
   l              all messages since the start
   ?              this page; escape closes it
   q, ctrl+c      quit
@@ -172,7 +173,7 @@ def sparkline(p99s_ns: Sequence[int], cells: int) -> str:
 
 def keys_line(feed_is_live: bool, width: int) -> Line:
     """Return the line of keys."""
-    shared = "? help  q quit  / filter  s sort  enter path  f freeze  1 2 3 window  w worst"
+    shared = "? help  q quit  / filter  s sort  enter path  f freeze  1 2 3 s  w worst  c CPUs"
     more = "  r record  t trace" if feed_is_live else "  left right time"
     return _fitted([Piece(shared + more if cell_len(shared + more) <= width else shared, "dim")], width)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from contracts.cpu_figures import CpuReport
 from contracts.ledger import Ledger
 from contracts.recent import Moment
 from storage.query import PacketPath
@@ -58,6 +59,10 @@ class Feed(Protocol):
 
         `chosen` decides by the container's name; None admits all. Raises `MaceError`.
         """
+        ...
+
+    async def cpus(self, look: Look) -> CpuReport:
+        """Return which CPU worked on the packets of the look's minute. Raises `MaceError` if that was not counted."""
         ...
 
     def move(self, seconds: int | None, *, to_end: bool = False) -> None:

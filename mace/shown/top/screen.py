@@ -18,11 +18,12 @@ from typing import ClassVar, Final
 from rich.console import Console, Group, RenderableType
 from rich.segment import Segment as Drawn
 from rich.style import Style
+from rich.table import Table
 
 from contracts.errors import MaceError, MissingExtra
 from contracts.ledger import Ledger
 from contracts.recent import NOTHING
-from mace.shown import report
+from mace.shown import cpus, report
 from mace.shown.terminal import styled
 from mace.shown.top import drawing
 from mace.shown.top.drawing import Line, Piece
@@ -41,7 +42,11 @@ INTERVAL_S: Final = 0.5
 """Time between two drawings."""
 WORST: Final = 10
 """Packets that `w` shows."""
-_PAGES: Final = {"?": "help", "w": "worst", "l": "messages"}
+_PAGES: Final = {"?": "help", "w": "worst", "c": "cpus", "l": "messages"}
+_WIDEST: Final = 300
+"""Columns of the widest table."""
+_PAN: Final = 20
+"""Columns by which left and right move a page that is wider than the screen."""
 
 
 class Messages:
@@ -86,7 +91,7 @@ class TopScreen(Widget, can_focus=True):
         self.page = ""
         """What is shown in place of the table: a value of `_PAGES`, or "" for the table."""
         self._page_lines: list[Strip] = []
-        self._page_top = 0
+        self._page_top = self._page_left = 0
         self._lines: list[Strip] = []
         self._stale = True
         self._busy: set[str] = set()
@@ -127,7 +132,7 @@ class TopScreen(Widget, can_focus=True):
 
     def on_resize(self) -> None:
         """Draw in the new size."""
-        if self.page and "the worst packets" not in self._busy:
+        if self.page and not self._busy & {"the worst packets", "the CPUs"}:
             self._turn_to(self.page)
         self.draw()
 
@@ -148,7 +153,10 @@ class TopScreen(Widget, can_focus=True):
         room = max(height - len(top) - len(bottom), 2)
         if self.page:
             self._page_top = min(self._page_top, max(len(self._page_lines) - room, 0))
-            middle: list[Line | Strip] = list(self._page_lines[self._page_top : self._page_top + room])
+            at = min(self._page_left, max(max((s.cell_length for s in self._page_lines), default=0) - width, 0))
+            self._page_left = at
+            seen = self._page_lines[self._page_top : self._page_top + room]
+            middle: list[Line | Strip] = [each.crop(at, at + width) for each in seen]
             middle += [Strip.blank(width)] * (room - len(middle))
         else:
             middle = list(drawing.table_lines(self.view, look, width, room))
@@ -161,7 +169,7 @@ class TopScreen(Widget, can_focus=True):
         if self.typing:
             return drawing.text_line(f"filter: {self.view.text}_  enter keeps it, escape removes it", "bold", width)
         if self.page:
-            return drawing.text_line("escape closes this page; up, down, page up, page down move it", "dim", width)
+            return drawing.text_line("escape closes this page; arrows, page up, page down move it", "dim", width)
         return drawing.keys_line(self.feed.is_live, width)
 
     def _strip(self, line: Line | Strip) -> Strip:
@@ -201,6 +209,8 @@ class TopScreen(Widget, can_focus=True):
         rows = self._rows_of_key(event.key)
         if rows is not None:
             self._page_top = max(self._page_top + rows, 0)
+        elif event.key in ("left", "right"):
+            self._page_left = max(self._page_left + (_PAN if event.key == "right" else -_PAN), 0)
         elif event.key == "escape" or event.character in {"q", *_PAGES}:
             self.page, self._page_lines = "", []
 
@@ -321,7 +331,7 @@ class TopScreen(Widget, can_focus=True):
 
     def _turn_to(self, page: str) -> None:
         if page != self.page:
-            self._page_top = 0
+            self._page_top = self._page_left = 0
         self.page = page
         if page == "help":
             self._fill([styled(line, "") for line in drawing.HELP.split("\n")])
@@ -329,9 +339,23 @@ class TopScreen(Widget, can_focus=True):
             told = [*(styled(each, "bold red") for each in self.seen.losses)]
             told += [styled(each, "yellow") for each in (*self.seen.unseen, *self.messages.all())]
             self._fill(told or [styled("no messages yet", "dim")])
+        elif page == "cpus":
+            self._page_lines = []
+            self._begin("the CPUs", self._show_cpus)
         else:
             self._page_lines = []
             self._begin("the worst packets", self._show_worst)
+
+    async def _show_cpus(self) -> None:
+        try:
+            found = await self.feed.cpus(self.shown)
+            told = "which CPU worked on the packets of the last minute, of all containers"
+            made: list[RenderableType] = [styled(told, "bold"), "", *cpus.drawn(found)]
+            made += [styled(one.sentence(), "") for one in found.containers]
+        except MaceError as error:
+            made = [styled(str(error), "yellow")]
+        if self.page == "cpus":
+            self._fill(made)
 
     async def _show_worst(self) -> None:
         chosen = self.view.admits if self.view.text else None
@@ -347,10 +371,14 @@ class TopScreen(Widget, can_focus=True):
         self._fill([styled(told, "bold"), *(each for path in paths for each in ("", report.packet_table(path)))])
 
     def _fill(self, drawn: Sequence[RenderableType]) -> None:
-        """Set the lines of a page."""
+        """Set the lines of a page, which are longer than the screen's if a table needs more."""
         console = Console(
             width=max(self.size.width, 1), color_system="standard", markup=False, emoji=False, highlight=False
         )
+        if self.page == "cpus":
+            wide = console.options.update(width=_WIDEST)
+            needed = [console.measure(each, options=wide).maximum for each in drawn if isinstance(each, Table)]
+            console.width = max(console.width, *needed, 1)
         lines = console.render_lines(Group(*drawn), pad=True)
         self._page_lines = [self._strip([Piece(text, str(style or "")) for text, style, _ in line]) for line in lines]
 

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
+from contracts.cpu_figures import CpuReport
 from contracts.errors import StoreError, UsageError
 from contracts.figures import Summary
 from contracts.ledger import Ledger
 from contracts.recent import SECONDS, moment_of
+from mace.shown import cpus
 from mace.shown.top.feed import Look
 from storage.query import Filter, PacketPath, StoreReader
 
@@ -55,6 +57,10 @@ class StoredFeed:
         """Return the packets with the largest overhead of the minute."""
         return await asyncio.to_thread(self._worst, limit, look, chosen)
 
+    async def cpus(self, look: Look) -> CpuReport:
+        """Return which CPU worked on the minute's packets, as `mace report --cpus` computes it."""
+        return await asyncio.to_thread(self._cpus, look)
+
     def move(self, seconds: int | None, *, to_end: bool = False) -> None:
         """Go to another second of the store."""
         if to_end:
@@ -96,6 +102,14 @@ class StoredFeed:
             tuple(sorted({sharer.container for sharer in self._store.sharers(where)})),
             whole_runs=True,
         )
+
+    def _cpus(self, look: Look) -> CpuReport:
+        # Stages are counted in intervals, whose first and last one reach beyond the store's rows.
+        since_ns, until_ns = look.moment.since_utc_ns, look.moment.until_utc_ns
+        whole = Filter(
+            None if since_ns <= self._first_ns else since_ns, None if until_ns >= self._last_ns else until_ns
+        )
+        return cpus.figures(self._store, whole)
 
     def _worst(self, limit: int, look: Look, chosen: Callable[[str], bool] | None) -> list[PacketPath]:
         where = Filter(look.moment.since_utc_ns, look.moment.until_utc_ns)

@@ -12,6 +12,17 @@ def text(**changes):
     return json.dumps({"cniVersion": "1.0.0", "name": "pods", "plugins": [BRIDGE, {"type": "tuning"}], **changes})
 
 
+def test_bridges_have_the_names_that_plugins_give_them():
+    plugins = [
+        BRIDGE,
+        {**BRIDGE, "bridge": "br-pods"},
+        {"type": "ptp", "bridge": "none"},
+        {**BRIDGE, "bridge": 5},
+        BRIDGE,
+    ]
+    assert cni_list.parse(text(plugins=plugins)).bridges == ("cni0", "br-pods")
+
+
 def test_a_request_is_the_plugins_configuration_with_names_results_and_the_labs_directory(tmp_path):
     network = cni_list.parse(text())
     assert (network.name, network.types) == ("pods", ("bridge", "tuning"))
