@@ -74,11 +74,14 @@ class ReaderTrace(TaskTrace):
         self._family = {*self._before, *found}
 
     def _add_children(self) -> None:
-        for parent, child in self._forks:
-            inode = self._netns.get(parent, self._before.get(parent))
-            if inode is not None:
-                self._netns[child] = inode
-                self._family.add(child)
+        known = -1
+        while len(self._family) > known:  # rings are read in no order of time
+            known = len(self._family)
+            for parent, child in self._forks:
+                inode = self._netns.get(parent, self._before.get(parent))
+                if inode is not None:
+                    self._netns[child] = inode
+                    self._family.add(child)
         self._forks = []
 
     def _take(self, found: Located) -> None:
