@@ -31,7 +31,7 @@ class Pace(NamedTuple):
 
 
 PACES = (
-    Pace("flood", 0, 100_000, 15, 1),
+    Pace("flood", 0, 30_000, 15, 1),
     Pace("10ms", 0.01, 200, 14, 3),
     Pace("50ms", 0.05, 60, 14, 4),
     Pace("200ms", 0.2, 40, 10, 4),

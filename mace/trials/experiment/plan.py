@@ -19,7 +19,7 @@ PACES: Final = {"flood": 0.0, "10ms": 0.01, "50ms": 0.05, "200ms": 0.2, "1s": 1.
 COUNTS: Final = {"flood": 300, "10ms": 40, "50ms": 30, "200ms": 20, "1s": 10}
 """Pings per block. A block of seconds, because the machine changes by 20 µs within longer ones; 10 are the fewest
 whose median has an interval."""
-CORRECTED: Final = {"flood": 100_000, "10ms": 100, "50ms": 60, "200ms": 36, "1s": 34}
+CORRECTED: Final = {"flood": 30_000, "10ms": 100, "50ms": 60, "200ms": 36, "1s": 34}
 """Pings of `mace ping` per block: the fewest beside which it sends three probes from either side (one for five pings,
 ten a second), without which it prints no host RTT by probes."""
 REPETITIONS: Final = 20
@@ -55,7 +55,7 @@ RUNTIMES: Final = {
 _MOST_FLOODS: Final = 16
 _OTHER_BLOCKS: Final = 4
 """Blocks of pings beside those of `mace ping` that every load has: two of the host's around it, and two others."""
-_FLOOD_S: Final = 0.00003
+_FLOOD_S: Final = 0.0001
 """About how long a round trip of a flood takes."""
 _STARTS_S: Final = 6.0
 """Time to start what a repetition runs, seconds: `mace ping`, and the source twice."""
