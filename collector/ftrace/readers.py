@@ -42,6 +42,8 @@ class ReaderTrace(TaskTrace):
         self._before: dict[int, int] = {}
         """The same at the search before: a task that has ended may still be in the rings."""
         self._looked_s = 0.0
+        self._asked: AbstractSet[int] = frozenset()
+        """The namespaces of the last search."""
         self._early = Copies.empty()
         """Copies that an earlier one, on a CPU that was read sooner, may still precede."""
         self._copied: list[Copies] = []
@@ -49,7 +51,7 @@ class ReaderTrace(TaskTrace):
     def reading(self, netns: AbstractSet[int]) -> TaskReading:
         """Return what became of the tasks in these namespaces since the last call; needed a few times a second."""
         self.read()
-        if time.monotonic() - self._looked_s >= LOOK_S or not netns <= set(self._netns.values()):
+        if time.monotonic() - self._looked_s >= LOOK_S or not netns <= self._asked:
             self._look(netns)
         found = Copies.concatenate([self._early, *self._copied])
         found = found[np.argsort(found.ts_ns, kind="stable")]
@@ -60,7 +62,7 @@ class ReaderTrace(TaskTrace):
         return reading
 
     def _look(self, netns: AbstractSet[int]) -> None:
-        self._looked_s = time.monotonic()
+        self._looked_s, self._asked = time.monotonic(), netns
         processes = occupied() if netns else {}
         found = {pid: inode for inode in netns for process in processes.get(inode, []) for pid in _tasks(process)}
         known = self._before | self._netns
@@ -72,11 +74,14 @@ class ReaderTrace(TaskTrace):
         self._family = {*self._before, *found}
 
     def _add_children(self) -> None:
-        for parent, child in self._forks:
-            inode = self._netns.get(parent, self._before.get(parent))
-            if inode is not None:
-                self._netns[child] = inode
-                self._family.add(child)
+        known = -1
+        while len(self._family) > known:  # rings are read in no order of time
+            known = len(self._family)
+            for parent, child in self._forks:
+                inode = self._netns.get(parent, self._before.get(parent))
+                if inode is not None:
+                    self._netns[child] = inode
+                    self._family.add(child)
         self._forks = []
 
     def _take(self, found: Located) -> None:
