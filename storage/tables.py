@@ -335,11 +335,11 @@ _SKIPPED_BY: Final = ("time", "delay_ns")
 _DELTA: Final = dict.fromkeys((*_SKIPPED_BY, REMAINDER), "DELTA_BINARY_PACKED")
 _PLAIN: Final = {REMAINDER, "delay_ns"}
 """Columns of `delays` in which zstd finds nothing: remainders and differences of delays are random."""
-_COMPRESSED_BEST: Final = {"time", "packet", "rank", "position", "l3_len"}
-"""Columns of `delays` that zstd makes much smaller than LZ4 does. Of the others, which are mostly names, little is left
-in either case, and LZ4 needs no context for each page."""
+_COMPRESSED_BEST: Final = {"time", "packet", "rank", "position", "l3_len", "drop_reason"}
+"""Columns of `delays` that zstd makes much smaller than Snappy does. Of the others, which are mostly names, little is
+left in either case, and Snappy needs no context for each page."""
 _COMPRESSION: Final = {
-    f.name: "none" if f.name in _PLAIN else "zstd" if f.name in _COMPRESSED_BEST else "lz4_raw"
+    f.name: "none" if f.name in _PLAIN else "zstd" if f.name in _COMPRESSED_BEST else "snappy"
     for f in STORED_SCHEMAS["delays"]
 }
 _PAGES: Final = {"version": "2.6", "max_rows_per_page": 1 << 20, "write_batch_size": 1 << 16}

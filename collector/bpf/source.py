@@ -32,6 +32,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from collector.bpf.layout import COUNTS
 from collector.bpf.object import OBJECT
 from collector.bpf.ring import BufferRing, CpuRing, MappedRing, Wakes, is_sorted, lost_before, sorted_by_time
 from collector.bpf.session import STATS_RIGHTS, UNSEEN, Session, reads_pages, ring_bytes_of
@@ -158,6 +159,8 @@ class BpfSource(RecordSource):
         self._wakes: Wakes | None = None
         self._filling: select.epoll | None = None
         """Readable when a CPU has written a quarter of its ring since it last woke the source."""
+        self._counts: npt.NDArray[Any] = np.zeros(0, COUNTS)
+        """The programs' counts at the last tick."""
         self._missed_told = 0
         """Skipped calls that markers have reported."""
         self._nowhere: int | None = None
@@ -267,7 +270,7 @@ class BpfSource(RecordSource):
     def cost(self) -> tuple[HookCost, ...]:
         """Cost of the programs since `open`; empty without CAP_SYS_ADMIN, which the kernel's timing needs."""
         if self._session is not None and self._timed:
-            calls = self._session.counts()["calls"].sum(axis=0)
+            calls = self._counts["calls"].sum(axis=0)
             self._cost = tuple(HookCost(hook, int(calls[hook]), *timed) for hook, timed in self._timed.items())
         return self._cost
 
@@ -323,7 +326,7 @@ class BpfSource(RecordSource):
         begun_ns = time.monotonic_ns()
         fresh = {number: cpu.ring.take() for number, cpu in self._cpus.items() if cpu.ring is not None}
         # Read the counts after the rings: then they include every loss that a record reports.
-        counts = self._session.counts()
+        self._counts = counts = self._session.counts()
         for number, cpu in self._cpus.items():
             stretches, caught_up = fresh.get(number, ([], True))
             lost = int(counts["lost_all"][number])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 from functools import cache
@@ -22,7 +23,11 @@ def kernel_version() -> tuple[int, int]:
 
 def online_cpus() -> tuple[int, ...]:
     """Return the numbers of the CPUs online. Cheap: sources call it at every tick."""
-    return cpu_list(Path("/sys/devices/system/cpu/online").read_bytes())
+    fd = os.open("/sys/devices/system/cpu/online", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return cpu_list(os.read(fd, mmap.PAGESIZE))  # sysfs gives a page at most
+    finally:
+        os.close(fd)
 
 
 def highest_possible_cpu() -> int:

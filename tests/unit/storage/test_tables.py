@@ -131,8 +131,9 @@ def test_names_are_dictionaries_and_times_are_deltas():
     assert "RLE_DICTIONARY" in encodings["container"]
     compressions = {group.column(i).path_in_schema: group.column(i).compression for i in range(group.num_columns)}
     assert {compressions.pop(name) for name in ("time_remainder_ns", "delay_ns")} == {"UNCOMPRESSED"}
-    assert {compressions.pop(name) for name in ("time", "packet", "rank", "position", "l3_len")} == {"ZSTD"}
-    assert set(compressions.values()) == {"LZ4"}
+    numbers = ("time", "packet", "rank", "position", "l3_len", "drop_reason")
+    assert {compressions.pop(name) for name in numbers} == {"ZSTD"}
+    assert set(compressions.values()) == {"SNAPPY"}
 
 
 @pytest.mark.parametrize(("rows", "compressed"), [(1, {"bins.list.element", "counts.list.element"}), (5_000, None)])
