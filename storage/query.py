@@ -790,6 +790,10 @@ class StoreReader:
         wide_ones = [each for each in wide_ones if each.path not in bad and self._about(each, Filter()) is not None]
         return cover(self.segments("windows", days), wide_ones)
 
+    def windows_without_wide(self) -> int:
+        """Return the number of windows for which no wide ones stand: a view of all times reads these."""
+        return sum(each.rows for each in self._cover(Filter()).others)
+
     def _about(self, wide_one: SegmentFile, where: Filter) -> About | None:
         """Return what a segment of wide windows says; None if not all of its hours are within the filter's time."""
         if wide_one.path not in self._seen:
@@ -1165,10 +1169,12 @@ class StoreReader:
         runs = [r for r in self.runs(where) if r.rows_stored]
         if not runs:
             return []
-        condition, values = _condition(replace(where, container=None), runs)
         # A packet's overhead rows say whose path it is. DuckDB holds one entry for each packet: the shorter, the less.
         own = "true" if where.container is None else "container = $container"
-        key = "packet" if len(runs) == 1 else "host, run, packet"
+        key, of_runs = "host, run, packet", where
+        if len(runs) == 1:
+            key, of_runs = "packet", replace(where, host=runs[0].host, run=runs[0].run)
+        condition, values = _condition(replace(of_runs, container=None), runs)
         rows = self._fetch(
             f"""
             WITH d AS NOT MATERIALIZED (SELECT * FROM {{delays}} WHERE {condition} AND {_COUNTED}),
@@ -1898,8 +1904,12 @@ def _condition(
     if where.container is not None:
         values["container"] = where.container
         # Packet numbers are unique within a run only; with one run the shorter key is four times as fast.
-        key = "packet" if len(runs) == 1 else "(host, run, packet)"
-        of_packet = f"{key} IN (SELECT {key} FROM {{delays}} WHERE container = $container AND segment = 'overhead')"
+        key, of_run = "(host, run, packet)", ""
+        if len(runs) == 1:
+            key, of_run = "packet", " AND host = $of_host AND run = $of_run"
+            values |= {"of_host": runs[0].host, "of_run": runs[0].run}
+        own = f"container = $container AND segment = 'overhead'{of_run}"
+        of_packet = f"{key} IN (SELECT {key} FROM {{delays}} WHERE {own})"
         told.append("container = $container" if windows else of_packet)
     if where.device is not None:
         told.append("device = $device")

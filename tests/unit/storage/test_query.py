@@ -631,6 +631,29 @@ def test_what_ledgers_say_of_shared_networks_is_remembered(tmp_path, opened):
     assert [each.container for each in kept.sharers(Filter(until_ns=cut))] == ["agent-0"]
 
 
+def drawn(paths):
+    return [
+        (path.host, path.container, path.direction, [(*hop[:2], hop[2].as_dict()) for hop in path.hops])
+        for path in paths
+    ]
+
+
+@pytest.mark.slow
+def test_packets_of_equal_numbers_are_of_their_runs(tmp_path):
+    """Packet numbers are unique within a run: another run's packets with the same numbers are others."""
+    for number, host in enumerate(("near", "far")):
+        made = make_results(make_delays(100 * (number + 1), containers=2, seed=number), containers=2)
+        for path in (tmp_path / "both", tmp_path / host):
+            fill(path, [made], f"run-{number}", head=header(f"run-{number}", host=host))
+    both = StoreReader(tmp_path / "both")
+    for number, host in enumerate(("near", "far")):
+        alone = StoreReader(tmp_path / host)
+        for where in (Filter(container="c1", host=host), Filter(container="c1", run=f"run-{number}")):
+            assert told(both.summary(where)) == told(alone.summary(Filter(container="c1")))
+            assert drawn(both.typical_paths(where)) == drawn(alone.typical_paths(Filter(container="c1")))
+            assert both.delays(where).num_rows == alone.delays(Filter(container="c1")).num_rows
+
+
 def test_sql_lists_the_tables_that_people_use(stored):
     store, _ = stored
     listed = sql.table(store, "SHOW TABLES").column("name").to_pylist()
