@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +27,8 @@ _MOST_ROWS: Final = 20_000_000
 """Rows that a view looks for single packets in: ten million take two thirds of a second."""
 _MOST_ROWS_BESIDE: Final = 1_000_000
 """Rows beside a measurement in the same process: 10 s of 100,000 events/s."""
+_MOST_WARM: Final = 5_000_000
+"""Windows that are read before anybody asks: two seconds' work."""
 _MOST_WAITING: Final = 16
 """Requests that wait for their turn; DuckDB itself uses all CPUs, so that more at once would not be faster."""
 _MOST_KEPT: Final = 64
@@ -97,14 +99,18 @@ class Reading:
             self._waiting.release()
 
     def warm(self) -> None:
-        """Read what every view needs first, so that the first viewer does not wait for DuckDB's start."""
-        try:
+        """Read what every view needs first, and make the view that viewers open first: it is kept for them.
+
+        A store of months without wide windows is left to whoever asks: closing waits for the query that runs.
+        """
+        with suppress(MaceError):  # whoever asks for a view is told
             with self.reader() as reader:
                 reader.keep(self.changes.state().number)
                 reader.runs()
                 reader.containers()
-        except MaceError:
-            pass  # whoever asks for a view is told
+                few = reader.windows_without_wide() <= _MOST_WARM
+            if few:
+                self.view("overview", Asked())
 
     def close(self) -> None:
         """Wait for the query that runs, and refuse all others.

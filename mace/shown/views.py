@@ -413,20 +413,22 @@ def heat_rows(delays: Distribution) -> tuple[list[int], list[int], list[int]]:
 def _over_time(store: StoreReader, asked: Asked, base: _Base) -> tuple[OverTime, str]:
     """Return what both `time` and `heat` show, so that a reader that keeps results reads it once for a page; a note."""
     of = asked.segments()
-    # Overhead is in the windows of its container, which equal its rows.
-    overhead = of == (Segment.OVERHEAD,)
-    source, bound = (asked.source, "") if overhead else _bounded(store, asked, base)
+    # Overhead is in the windows of its container, and all containers' packets in all windows: these equal the rows.
+    equal = of == (Segment.OVERHEAD,) or base.where.container is None
+    source, bound = (asked.source, "") if equal else _bounded(store, asked, base)
     over = store.over_time(base.where, ("direction",), segments=of, points=asked.points, source=source)
     return over, " ".join(filter(None, (base.about()["note"], bound)))
 
 
 def _bounded(store: StoreReader, asked: Asked, base: _Base) -> tuple[From, str]:
-    """Return what a container's figures device by device are computed from, and a note if these are windows."""
-    if asked.source != "auto" or base.where.container is None or not store.too_many(base.where):
+    """Return what figures device by device are computed from, and a note if these are windows for too many rows."""
+    if asked.source != "auto" or not store.too_many(base.where):
         return asked.source, ""
+    note = f"This time has more than {store.most_rows:,} rows: the devices are from windows"
+    if base.where.container is None:
+        return "windows", f"{note}."
     return "windows", (
-        f"This time has more than {store.most_rows:,} rows: the devices are from windows, which tell of the container's"
-        " own devices alone. A shorter time has the host's devices too."
+        f"{note}, which tell of the container's own devices alone. A shorter time has the host's devices too."
     )
 
 

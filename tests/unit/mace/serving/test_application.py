@@ -272,6 +272,17 @@ def test_views_are_read_once_for_many_viewers(reader, monkeypatch):
     assert len(made) == 2
 
 
+@pytest.mark.parametrize(("most", "made"), [(10**9, ["overview"]), (0, [])])
+def test_the_first_view_is_made_before_anybody_asks_unless_it_takes_long(reader, monkeypatch, most, made):
+    found = []
+    monkeypatch.setattr(reading_module.views, "view", lambda _, name, asked: found.append(name) or views.View({}))
+    monkeypatch.setattr(reading_module, "_MOST_WARM", most)
+    reader.warm()
+    assert found == made
+    reader.view("overview", Asked())
+    assert found == ["overview"]
+
+
 def test_one_thread_reads_for_all_viewers(reader, monkeypatch):
     """So that the memory which the C library keeps for a thread is kept once."""
     threads = set()
