@@ -8,9 +8,10 @@ month_folding       s of CPU time that making the wide windows takes for each ho
 
 The store has no rows, as one of a month has on most disks. It has no windows of a second: nobody reads them over such a
 range, and they would be 30 GB. Without wide windows a view takes a minute: `PEER_DAYS` are measured, and scaled.
-Of the days between the first and the last, the hours' windows are real. What a reader of the whole month opens least,
-windows of ten seconds, of a minute and of ten minutes, are there the first day's files under other names, which no view
-of the month reads: writing 90 million windows would take longer than all measurements.
+
+The hours of every day, the first day and the last are real. The files of the other days with windows of ten seconds, a
+minute and ten minutes are the first day's under other names: no view of the whole month reads them, and to write 90
+million windows would take longer than all measurements.
 """
 
 import asyncio
