@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any, Final, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import compute
 
@@ -24,15 +23,15 @@ _UNMERGED: Final = 1 << 22
 """Cells that may wait to be merged: 64 MiB."""
 
 
-Cells: TypeAlias = tuple[Ints, Ints, npt.NDArray[np.float64]]
+Cells: TypeAlias = tuple[Ints, Ints, Ints]
 """How many bins each window has, and the bins and counts of all windows, end to end."""
 
 
 def cells_of(batch: pa.RecordBatch) -> Cells:
-    """Return the histograms of windows. Counts are doubles, which hold every integer below 2**53."""
+    """Return the histograms of windows."""
     sizes = compute.list_value_length(batch["bins"]).to_numpy(zero_copy_only=False)
     bins, counts = (compute.list_flatten(batch[name]).to_numpy(zero_copy_only=False) for name in ("bins", "counts"))
-    return sizes, bins.astype(np.int64), counts.astype(np.float64)
+    return sizes, bins.astype(np.int64), counts.astype(np.int64, copy=False)
 
 
 class Histograms:
@@ -42,7 +41,7 @@ class Histograms:
         """`by` are the columns of a group. 2**`coarse_bits` neighbouring bins count as the one in their middle."""
         self._by, self._coarse_bits = by, coarse_bits
         self._bins = BINS >> coarse_bits
-        self._table: npt.NDArray[np.float64] | None = np.zeros(0)
+        self._table: Ints | None = np.zeros(0, np.int64)
         """Counts of all groups' bins, while they are few enough."""
         self._number: dict[tuple[Any, ...], int] = {}
         self._count, self._sum = np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -69,12 +68,13 @@ class Histograms:
         at += bins >> self._coarse_bits if self._coarse_bits else bins
         if self._table is not None:
             if len(self._number) * self._bins <= _DENSE:
-                self._table = _added(self._table, at, counts, len(self._number) * self._bins)
+                self._table = _grown(self._table, len(self._number) * self._bins)
+                np.add.at(self._table, at, counts)
                 return
             self._cells, self._counts = _filled(self._table)
             self._table = None
         self._cells.append(at)
-        self._counts.append(counts.astype(np.int64))
+        self._counts.append(counts)
         self._waiting += len(bins)
         if self._waiting > _UNMERGED:
             self._merge()
@@ -126,16 +126,16 @@ class Histograms:
         self._waiting = 0
 
 
-def _added(
-    table: npt.NDArray[np.float64], cells: Ints, counts: npt.NDArray[np.float64], size: int
-) -> npt.NDArray[np.float64]:
-    """Return the table, which may have grown to `size`, with counts added."""
-    found = np.bincount(cells, weights=counts, minlength=size).astype(np.float64, copy=False)
-    found[: len(table)] += table
+def _grown(table: Ints, size: int) -> Ints:
+    """Return the table with room for `size` cells."""
+    if len(table) >= size:
+        return table
+    found = np.zeros(max(size, min(2 * len(table), _DENSE)), np.int64)
+    found[: len(table)] = table
     return found
 
 
-def _filled(table: npt.NDArray[np.float64]) -> tuple[list[Ints], list[Ints]]:
+def _filled(table: Ints) -> tuple[list[Ints], list[Ints]]:
     """Return the cells with delays and their counts."""
     cells = np.flatnonzero(table)
-    return [cells], [table[cells].astype(np.int64)]
+    return [cells], [table[cells]]

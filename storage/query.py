@@ -11,6 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -59,10 +60,14 @@ _LONG_NS: Final = 3 * 3_600_000_000_000
 """Above this range of time the store's wide windows are read, which have a tenth of the rows and the same delays."""
 _SEEN_BESIDE: Final = 1_024
 """Segments beside the live ones of which a reader remembers what they say: merged ones, or of another time."""
+_LEDGERS: Final = 8
+"""Segments of `ledger` that are read first, and how many times more next."""
 _KEPT_RUNS: Final = 8
 """Results of `runs` that a reader keeps, by filter."""
 _KEPT_FIGURES: Final = 4
 """Results that a reader keeps of each method: views of one page ask for the same ones."""
+_KEPT_LISTINGS: Final = 32
+"""Listings that a reader keeps, by table and time."""
 _MOST_WHOLE: Final = 100_000
 """Segments that a reader remembers as whole: those of a store of years, in 30 MB. A server reads one for months."""
 TYPICAL_ROWS: Final = 2_000_000
@@ -94,6 +99,34 @@ _SEEN_SQL: Final = """
     """
 """Query of the rows for `_seen_of`."""
 
+_COUNTS: Final = ", ".join(
+    [
+        # Runs stored before grades existed: all packets were matched by the buffer.
+        *(f"coalesce({column}, {'packets' if name == 'buffer' else 0}, 0)" for name, column in tables.GRADES.items()),
+        *Ledger().as_dict(),
+    ]
+)
+_LEDGER_SQL: Final = f"""
+    SELECT host, run, max(flush),
+           arg_max(
+               row(filename, flush, epoch_ns(time), packets, rows_stored, rows_not_stored, closed, {_COUNTS}), flush
+           )
+    FROM {{ledger}} GROUP BY host, run
+    """
+"""Query of the rows for `_Ledgers.add`."""
+_TIMES_SQL: Final = (
+    "SELECT filename, min(epoch_ns(time)), max(epoch_ns(time)) FROM {ledger} WHERE time IS NOT NULL GROUP BY filename"
+)
+_SHARED_SQL: Final = """
+    SELECT filename, host, run, each.container, each.container_id, max(told)
+    FROM (
+        SELECT filename, host, run, epoch_ns(time) AS told, unnest(on_host_network) AS each
+        FROM {ledger} WHERE {condition}
+    )
+    GROUP BY ALL
+    """
+"""Queries of the rows for `_Shared`."""
+_NO_LEDGER: Final = (None,) * 7 + (0,) * (len(tables.GRADES) + len(Ledger().as_dict()))
 _STORED: Final = {"covered_windows": "windows"}
 """The table of the segments for which a name in `_query` stands, if the name is not the table's."""
 _COUNTED: Final = "NOT coalesce(waited, false)"
@@ -314,6 +347,55 @@ class _Ends:
         }
 
 
+@dataclass(slots=True)
+class _Ledgers:
+    """What the segments of `ledger` that were read say: the newest row of each run."""
+
+    newest: dict[tuple[str, str], tuple[int, tuple[Any, ...]]] = field(default_factory=dict)
+    """By host and run: the hour of its segment, and the row."""
+    read: set[Path] = field(default_factory=set)
+
+    def add(self, some: Sequence[SegmentFile], rows: Sequence[tuple[Any, ...]]) -> None:
+        """Note segments and the rows of `_LEDGER_SQL` in them."""
+        hours = {str(each.path): each.hour for each in some}
+        for host, run, flush, row in rows:
+            before = self.newest.get((host, run))
+            if before is None or before[1][1] < flush:
+                self.newest[host, run] = hours[row[0]], row
+        self.read |= {each.path for each in some}
+
+    def oldest(self, runs: AbstractSet[tuple[str, str]]) -> int:
+        """Return the flush before which no segment has a newer row of any of these runs."""
+        return min((self.newest[key][1][1] if key in self.newest else -1 for key in runs), default=_FOREVER)
+
+    def forget(self, live: Sequence[SegmentFile]) -> None:
+        """Forget the segments that are gone, and all rows if retention has removed one of them."""
+        self.read &= {each.path for each in live}
+        hours: dict[int, list[SegmentFile]] = {}
+        for each in live:
+            hours.setdefault(each.hour, []).append(each)
+        for hour, row in self.newest.values():
+            if not any(each.first <= row[1] <= each.last for each in hours.get(hour, ())):
+                self.newest.clear()
+                self.read.clear()
+                return
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What a segment of `ledger` says of containers on the host's network."""
+
+    first_ns: int
+    last_ns: int
+    """UTC, ns: its oldest and its newest row."""
+    found: list[tuple[Any, ...]]
+    """Host, run, container, id, and the newest row with it, UTC, ns."""
+
+    def within(self, since_ns: int, until_ns: int) -> bool:
+        """Return whether all of its rows are of a time."""
+        return since_ns <= self.first_ns and self.last_ns < until_ns
+
+
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """What the segments of windows of some time say of the whole."""
@@ -377,12 +459,17 @@ class StoreReader:
     threads: int | None = None
     memory_mib: int | None = None
     """Memory limit of a query; by default DuckDB's own."""
+    most_rows: int | None = None
+    """Rows of `delays`, about, that single packets are looked for in: of more, `packets` reads the newest."""
     damaged: dict[Path, str] = field(default_factory=dict)
     """Skipped segments, with a description of the damage."""
     _whole: set[tuple[Path, int, int]] = field(default_factory=set, init=False, repr=False)
     """Segments with a verified checksum: path, size and time of modification, ns."""
     _seen: dict[Path, About] = field(default_factory=dict, init=False, repr=False)
     """What each segment of windows and of wide windows says of the whole."""
+    _ledgers: _Ledgers = field(default_factory=_Ledgers, init=False, repr=False)
+    _shared: dict[Path, _Shared] = field(default_factory=dict, init=False, repr=False)
+    """What each segment of `ledger` says of containers on the host's network."""
     _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     """Results since `keep`, by the name of the method and its arguments."""
     _keeps: Any = field(default=None, init=False, repr=False)
@@ -441,8 +528,23 @@ class StoreReader:
 
     def segments(self, table: str, where: Filter = Filter()) -> list[SegmentFile]:
         """Return the live segments, which an outside reader should open while a writer is running."""
-        found = segments.listing(self.path, table, where.since_ns, where.until_ns)
+        found = self._listing(table, where.since_ns, where.until_ns)
         return [s for s in found if s.path not in self.damaged]
+
+    def _listing(self, table: str, since_ns: int | None, until_ns: int | None) -> list[SegmentFile]:
+        """Return the live segments, damaged ones too; after `keep` those of the state that it was given.
+
+        A store of a month has a thousand directories, and a view asks for them a dozen times.
+        """
+        key = ("listing", table, since_ns, until_ns)
+        if key not in self._kept and sum(each[0] == "listing" for each in self._kept) >= _KEPT_LISTINGS:
+            self._list_again()  # all of them: no listing of windows may be older than that of their wide ones
+        return self._once(key, lambda: segments.listing(self.path, table, since_ns, until_ns), _KEPT_LISTINGS)
+
+    def _list_again(self) -> None:
+        """Forget listings, because a segment in one of them is gone."""
+        for key in [key for key in self._kept if key[0] == "listing"]:
+            del self._kept[key]
 
     def whole_segments(self, table: str, where: Filter = Filter(), newest_rows: int | None = None) -> list[SegmentFile]:
         """Return the live segments (the newest with `newest_rows` rows), after verifying their checksums.
@@ -489,33 +591,24 @@ class StoreReader:
 
     @_written_by_mace
     def _runs(self, where: Filter) -> list[Run]:
-        names = ", ".join(f"l.{name}" for name in Ledger().as_dict())
-        # Runs stored before grades existed: all packets were matched by the buffer.
-        graded = ", ".join(
-            f"coalesce(l.{column}, {'l.packets' if name == 'buffer' else 0}, 0)"
-            for name, column in tables.GRADES.items()
-        )
         rows = self._fetch(
             f"""
-            WITH l AS (
-                SELECT *, epoch_ns(time) AS upto FROM {{ledger}}
-                QUALIFY row_number() OVER (PARTITION BY host, run ORDER BY flush DESC) = 1
-            )
-            SELECT r.host, r.run, r.source, {", ".join(_CLOCK)}, r.kernel, r.hooks,
-                   coalesce(l.upto, epoch_ns(r.time)),
-                   l.packets, l.rows_stored, l.rows_not_stored, l.closed, {graded}, {names}
-            FROM {{runs}} r LEFT JOIN l USING (host, run)
+            SELECT r.host, r.run, r.source, {", ".join(_CLOCK)}, r.kernel, r.hooks
+            FROM {{runs}} r
             WHERE ($run IS NULL OR r.run = $run) AND ($host IS NULL OR r.host = $host)
             ORDER BY r.time, r.host, r.run
             """,
             Filter(),
             {"run": where.run, "host": where.host},
         )
+        newest = self._newest_ledgers({(host, run) for host, run, *_ in rows})
         found = []
         for host, run, source, *others in rows:
             clock = _pair(others[: len(_CLOCK)])
-            kernel, hooks, upto, packets, stored, not_stored, closed, *counts = others[len(_CLOCK) :]
+            kernel, hooks = others[len(_CLOCK) :]
             start = clock.utc_ns
+            _, _, upto, packets, stored, not_stored, closed, *counts = newest.get((host, run), _NO_LEDGER)
+            upto = start if upto is None else int(upto)
             if where.until_ns is not None and start >= where.until_ns:
                 continue
             if where.since_ns is not None and upto < where.since_ns:
@@ -541,6 +634,44 @@ class StoreReader:
             )
         return found
 
+    def _newest_ledgers(self, runs: AbstractSet[tuple[str, str]]) -> dict[tuple[str, str], tuple[Any, ...]]:
+        """Return the newest row of `ledger` of each run that has one, with the columns of `_LEDGER_SQL`.
+
+        Segments are read from the newest flush back, until no older one can have a newer row of any of these runs. A
+        reader remembers what it has read: a store of years has 90,000 segments, which say the same for ever.
+        """
+        for _ in range(_ATTEMPTS):
+            live = self.segments("ledger")
+            self._ledgers.forget(live)
+            rest = [each for each in live if each.path not in self._ledgers.read]
+            rest.sort(key=lambda each: each.last, reverse=True)
+            most = _LEDGERS
+            while rest and rest[0].last > self._ledgers.oldest(runs):
+                some, rest, most = rest[:most], rest[most:], most * _LEDGERS
+                if bad := self._damaged_of(some):
+                    self._refuse(bad, None)
+                if not self._read_ledgers([each for each in some if each.path not in bad]):
+                    break
+            else:
+                return {key: row for key, (_, row) in self._ledgers.newest.items()}
+        raise StoreError(f"{self.path}: segments vanished {_ATTEMPTS} times while they were read; try again")
+
+    def _read_ledgers(self, some: Sequence[SegmentFile]) -> bool:
+        """Note the newest rows in these segments; returns whether all of them were still there."""
+        if not some:
+            return True
+        with self._connected() as connection:
+            try:
+                rows = connection.execute(
+                    _LEDGER_SQL.format(ledger=relation(connection, "ledger", some, filename=True))
+                ).fetchall()
+            except duckdb.Error as e:
+                if not self.blame([each.path for each in some], e):
+                    raise StoreError(f"{self.path}: query failed: {' '.join(str(e).split())}") from e
+                return False
+        self._ledgers.add(some, rows)
+        return True
+
     def ledger(self, where: Filter = Filter()) -> Ledger:
         """Return the sum of the ledgers of `runs`. They are of whole runs, because a ledger has no times or devices."""
         return sum((r.ledger for r in self.runs(where)), Ledger())
@@ -563,17 +694,51 @@ class StoreReader:
     @_written_by_mace
     def sharers(self, where: Filter = Filter()) -> tuple[Sharer, ...]:
         """Return the containers seen on the host's network in the filter's runs and time, each by its newest name."""
-        condition, values = _condition(Filter(where.since_ns, where.until_ns, run=where.run, host=where.host), [])
-        rows = self._fetch(
-            f"""
-            SELECT each.container, each.container_id, max(told)
-            FROM (SELECT epoch_ns(time) AS told, unnest(on_host_network) AS each FROM {{ledger}} WHERE {condition})
-            GROUP BY ALL ORDER BY ALL
-            """,
-            where,
-            values,
-        )
-        return newest_names(Sharer(*row[:2]) for row in sorted(rows, key=lambda row: row[2]))
+        for _ in range(_ATTEMPTS):
+            live = self.whole_segments("ledger", where)
+            try:
+                found = self._sharers(live, where)
+            except duckdb.Error as e:
+                if not self.blame([each.path for each in live], e):
+                    raise StoreError(f"{self.path}: query failed: {' '.join(str(e).split())}") from e
+                continue
+            told: dict[tuple[str, str], int] = {}
+            for container, container_id, last in found:
+                told[container, container_id] = max(told.get((container, container_id), last), last)
+            return newest_names(Sharer(*key) for key, _ in sorted(sorted(told.items()), key=lambda each: each[1]))
+        raise StoreError(f"{self.path}: segments vanished {_ATTEMPTS} times while they were read; try again")
+
+    def _sharers(self, live: Sequence[SegmentFile], where: Filter) -> list[tuple[str, str, int]]:
+        """Return container, id and the newest time, UTC, ns, of those on the host's network, from these segments.
+
+        What a segment says is remembered; one that is partly outside the filter's time is read again.
+        """
+        new = [each for each in live if each.path not in self._shared]
+        with self._connected() as connection:
+            if new:
+                rows = relation(connection, "ledger", new, filename=True)
+                self._shared |= {each.path: _Shared(_FOREVER, -1, []) for each in new}
+                for path, first, last in connection.execute(_TIMES_SQL.format(ledger=rows)).fetchall():
+                    self._shared[Path(path)] = _Shared(first, last, [])
+                for path, *one in connection.execute(_SHARED_SQL.format(ledger=rows, condition="true")).fetchall():
+                    self._shared[Path(path)].found.append(tuple(one))
+            if len(self._shared) > 2 * len(live) + _SEEN_BESIDE:
+                self._shared = {each.path: self._shared[each.path] for each in live}
+            since, until = where.since_ns or 0, _FOREVER if where.until_ns is None else where.until_ns
+            whole = [each for each in live if self._shared[each.path].within(since, until)]
+            found = [row for each in whole for row in self._shared[each.path].found]
+            if part := [each for each in live if each not in whole]:
+                condition, values = _condition(Filter(where.since_ns, where.until_ns), [])
+                rows = relation(connection, "ledger", part, filename=True)
+                sql = _SHARED_SQL.format(ledger=rows, condition=condition)
+                found += [
+                    (row[1], row[2], row[3], row[4], row[5]) for row in connection.execute(sql, values).fetchall()
+                ]
+        return [
+            (container, container_id, last)
+            for host, run, container, container_id, last in found
+            if where.host in {None, host} and where.run in {None, run}
+        ]
 
     def containers(self, where: Filter = Filter()) -> list[Named]:
         """Return the containers with an id and their names in the filter's time (whole hours); the newest is last.
@@ -607,6 +772,7 @@ class StoreReader:
                         rows = connection.execute(_SEEN_SQL.format(windows=_read(new, filename=True))).fetchall()
                     except duckdb.Error:
                         if not all(each.path.exists() for each in new):
+                            self._list_again()
                             continue  # merged meanwhile
                         return _Seen([], False, frozenset())
                 self._seen |= _seen_of(new, rows)
@@ -625,6 +791,10 @@ class StoreReader:
         bad = self._damaged_of(wide_ones)
         wide_ones = [each for each in wide_ones if each.path not in bad and self._about(each, Filter()) is not None]
         return cover(self.segments("windows", days), wide_ones)
+
+    def windows_without_wide(self) -> int:
+        """Return the number of windows for which no wide ones stand: a view of all times reads these."""
+        return sum(each.rows for each in self._cover(Filter()).others)
 
     def _about(self, wide_one: SegmentFile, where: Filter) -> About | None:
         """Return what a segment of wide windows says; None if not all of its hours are within the filter's time."""
@@ -995,16 +1165,21 @@ class StoreReader:
         runs = [r for r in self.runs(where) if r.rows_stored]
         if not runs:
             return []
-        condition, values = _condition(where, runs)
+        # A packet's overhead rows say whose path it is. DuckDB holds one entry for each packet: the shorter, the less.
+        own = "true" if where.container is None else "container = $container"
+        key, of_runs = "host, run, packet", where
+        if len(runs) == 1:
+            key, of_runs = "packet", replace(where, host=runs[0].host, run=runs[0].run)
+        condition, values = _condition(replace(of_runs, container=None), runs)
         rows = self._fetch(
             f"""
-            WITH d AS (SELECT * FROM {{delays}} WHERE {condition} AND {_COUNTED}),
+            WITH d AS NOT MATERIALIZED (SELECT * FROM {{delays}} WHERE {condition} AND {_COUNTED}),
             p AS (
-                SELECT host, run, packet, direction, min(container) AS owner, min(netns) AS owner_netns
-                FROM d WHERE segment = 'overhead' GROUP BY ALL
+                SELECT {key}, direction, min(container) AS owner, min(netns) AS owner_netns
+                FROM d WHERE segment = 'overhead' AND {own} GROUP BY ALL
             ), b AS (
                 SELECT p.owner, p.owner_netns, d.*, {BIN_SQL} AS bin
-                FROM d JOIN p USING (host, run, packet, direction) WHERE segment NOT IN ('overhead', 'waiting')
+                FROM d JOIN p USING ({key}, direction) WHERE segment NOT IN ('overhead', 'waiting')
             ), g AS (
                 SELECT owner, owner_netns, {_PLACE}, direction, segment, bin, count(*) AS n, sum(delay_ns) AS s,
                        min(delay_ns) AS lo, max(delay_ns) AS hi, sum(position) AS hop
@@ -1016,8 +1191,8 @@ class StoreReader:
             ORDER BY host, owner, owner_netns, direction, sum(hop) / sum(n), device_id
             """,
             where,
-            values,
-            newest_rows=TYPICAL_ROWS,
+            values | {"container": where.container},
+            newest_rows=min(TYPICAL_ROWS, self.most_rows or TYPICAL_ROWS),
         )
         found: dict[tuple[str, str, str, str], TypicalPath] = {}
         for row in rows:
@@ -1279,6 +1454,21 @@ class StoreReader:
             )
         return _Part("windows", f"({sql})", values, width_s * _S, where, named_in, _Wide(known, tuple(within)))
 
+    @_written_by_mace
+    def too_many(self, where: Filter) -> bool:
+        """Return whether a filter's time has more than `most_rows` rows, about: an hour's rows have no times here."""
+        runs = self.runs(where)
+        if self.most_rows is None or not runs:
+            return False
+        since, until = where.since_ns, where.until_ns
+        hours = replace(
+            where,
+            since_ns=None if since is None else since // segments.HOUR_NS * segments.HOUR_NS,
+            until_ns=None if until is None else -(-until // segments.HOUR_NS) * segments.HOUR_NS,
+        )
+        share = max(_span_ns(where, runs), 0) / max(_span_ns(hours, runs), 1)
+        return self._rows_of("delays", where) * min(share, 1) > self.most_rows
+
     def _rows_of(self, table: str, where: Filter) -> int:
         return sum(each.rows for each in self.segments(table, where))
 
@@ -1336,7 +1526,8 @@ class StoreReader:
     ) -> tuple[int, list[PacketRow]]:
         """Return how many rows of `segment` have a delay from `low_ns` to `high_ns`, and the slowest `limit` of them.
 
-        Packets that waited for a neighbour, which no figure counts, are among them.
+        Packets that waited for a neighbour, which no figure counts, are among them. Of `too_many` rows, the newest are
+        read.
         """
         where = self._by_newest_name(where)
         runs = self.runs(where)
@@ -1350,7 +1541,8 @@ class StoreReader:
             segment = $segment AND {condition} AND delay_ns >= $low AND ($high IS NULL OR delay_ns <= $high)
             """
         values |= {"segment": segment.name.lower(), "low": low_ns, "high": high_ns, "limit": limit}
-        [(found,)] = self._fetch(f"SELECT count(*) FROM {{delays}} WHERE {condition}", where, values)
+        newest = self.most_rows if self.too_many(where) else None
+        [(found,)] = self._fetch(f"SELECT count(*) FROM {{delays}} WHERE {condition}", where, values, newest)
         rows = self._fetch(
             f"""
             SELECT host, run, packet, epoch_ns(time), container, device, direction, delay_ns, l3_len, grade, outcome,
@@ -1359,6 +1551,7 @@ class StoreReader:
             """,
             where,
             values,
+            newest,
         )
         return int(found), [PacketRow(*row) for row in rows]
 
@@ -1506,9 +1699,7 @@ class StoreReader:
         here: dict[tuple[int, int, int], SegmentFile] = {}
         for day in dict.fromkeys(map(day_of, wanted)):
             begin = day * segments.HOUR_NS
-            here |= {
-                (day, each.first, each.last): each for each in segments.listing(self.path, table, begin, begin + day_ns)
-            }
+            here |= {(day, each.first, each.last): each for each in self._listing(table, begin, begin + day_ns)}
         bad = self._damaged_of([here[key] for each in wanted if (key := (each.hour, each.first, each.last)) in here])
         found = {each.path: here.get((each.hour, each.first, each.last)) for each in wanted}
         return {path: None if each is None or each.path in bad else each for path, each in found.items()}
@@ -1520,6 +1711,7 @@ class StoreReader:
         `StoreError` for damaged segments that are not to be skipped.
         """
         if not all(path.exists() for path in paths):
+            self._list_again()
             return True
         found = {path: why for path in paths if (why := _damage(path))}
         if not found:
@@ -1577,12 +1769,18 @@ def connected(threads: int | None, memory_mib: int | None = None) -> Iterator[du
             yield connection
 
 
-def relation(connection: duckdb.DuckDBPyConnection, table: str, found: Sequence[SegmentFile]) -> str:
-    """Return SQL for the rows of these segments, with all columns of the table, and `time` in nanoseconds."""
+def relation(
+    connection: duckdb.DuckDBPyConnection, table: str, found: Sequence[SegmentFile], *, filename: bool = False
+) -> str:
+    """Return SQL for the rows of these segments, with all columns of the table, and `time` in nanoseconds.
+
+    With `filename` each row has its segment's path.
+    """
     if not found:
         return _nothing(connection, table)
     # Files of older versions lack newer columns, or have nanoseconds in `time`: DuckDB then reads all times as those.
-    stored = f"FROM {_read(found)} UNION ALL BY NAME FROM {_nothing(connection, table, with_remainder=True)}"
+    nothing = _nothing(connection, table, with_remainder=True)
+    stored = f"FROM {_read(found, filename=filename)} UNION ALL BY NAME FROM {nothing}"
     time = f"make_timestamp_ns(epoch_ns(time) + coalesce({tables.REMAINDER}, 0))"
     return f"(SELECT * EXCLUDE ({tables.REMAINDER}) REPLACE ({time}::{_time_type(connection)} AS time) FROM ({stored}))"
 
@@ -1619,21 +1817,42 @@ def _within(hour: int, where: Filter) -> bool:
 
 def _nothing(connection: duckdb.DuckDBPyConnection, table: str, *, with_remainder: bool = False) -> str:
     """Return SQL for no rows with all columns of the table; it has no name, so that no list of tables shows it."""
-    schema = pa.schema([pa.field(f.name, _plain(f.type)) for f in tables.SCHEMAS[table] if f.name != "time"])
-    empty = connection.from_arrow(schema.empty_table())
     types = {"time": _time_type(connection)} | ({tables.REMAINDER: "USMALLINT"} if with_remainder else {})
-    types |= dict(zip(empty.columns, map(str, empty.types), strict=True))
+    types |= {each.name: _sql_type(each.type) for each in tables.SCHEMAS[table] if each.name != "time"}
     return f"(SELECT {', '.join(f'CAST(NULL AS {kind}) AS {name}' for name, kind in types.items())} WHERE false)"
 
 
 def _time_type(connection: duckdb.DuckDBPyConnection) -> str:
     """Return DuckDB's type for times in nanoseconds: that with a time zone, if this DuckDB has it."""
-    [kind] = connection.from_arrow(pa.table({"time": pa.array([], pa.timestamp("ns", tz="UTC"))})).types
-    return str(kind) if str(kind).endswith("_NS") else "TIMESTAMP_NS"
+    kind = "TIMESTAMPTZ_NS"
+    try:
+        connection.execute(f"SELECT NULL::{kind}").fetchall()
+    except duckdb.Error:
+        return "TIMESTAMP_NS"
+    return kind
 
 
-def _plain(type_: pa.DataType) -> pa.DataType:
-    return type_.value_type if pa.types.is_dictionary(type_) else type_
+_SQL_TYPES: Final = {
+    pa.bool_(): "BOOLEAN",
+    pa.string(): "VARCHAR",
+    pa.uint8(): "UTINYINT",
+    pa.uint16(): "USMALLINT",
+    pa.uint32(): "UINTEGER",
+    pa.uint64(): "UBIGINT",
+    pa.int32(): "INTEGER",
+    pa.int64(): "BIGINT",
+}
+
+
+def _sql_type(kind: pa.DataType) -> str:
+    """Return DuckDB's name of a column's type. DuckDB itself would import pandas to tell it, 40 MiB."""
+    if pa.types.is_dictionary(kind):
+        return _sql_type(kind.value_type)
+    if pa.types.is_list(kind):
+        return f"{_sql_type(kind.value_type)}[]"
+    if pa.types.is_struct(kind):
+        return f"STRUCT({', '.join(f'{each.name} {_sql_type(each.type)}' for each in kind)})"
+    return _SQL_TYPES[kind]
 
 
 def _newest(found: Sequence[SegmentFile], rows: int) -> list[SegmentFile]:
@@ -1681,8 +1900,12 @@ def _condition(
     if where.container is not None:
         values["container"] = where.container
         # Packet numbers are unique within a run only; with one run the shorter key is four times as fast.
-        key = "packet" if len(runs) == 1 else "(host, run, packet)"
-        of_packet = f"{key} IN (SELECT {key} FROM {{delays}} WHERE container = $container AND segment = 'overhead')"
+        key, of_run = "(host, run, packet)", ""
+        if len(runs) == 1:
+            key, of_run = "packet", " AND host = $of_host AND run = $of_run"
+            values |= {"of_host": runs[0].host, "of_run": runs[0].run}
+        own = f"container = $container AND segment = 'overhead'{of_run}"
+        of_packet = f"{key} IN (SELECT {key} FROM {{delays}} WHERE {own})"
         told.append("container = $container" if windows else of_packet)
     if where.device is not None:
         told.append("device = $device")

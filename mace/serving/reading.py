@@ -6,7 +6,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -20,8 +21,14 @@ MEMORY_MIB: Final = 1024
 """Memory limit of a query; a sort beyond it uses the disk."""
 SHARE_BESIDE: Final = 0.1
 """CPUs that the views of changes may take, on average, beside a measurement in the same process."""
-_MEMORY_BESIDE_MIB: Final = 256
+_MEMORY_BESIDE_MIB: Final = 96
 """Memory limit of a query beside a measurement in the same process."""
+_MOST_ROWS: Final = 20_000_000
+"""Rows that a view looks for single packets in: ten million take two thirds of a second."""
+_MOST_ROWS_BESIDE: Final = 1_000_000
+"""Rows beside a measurement in the same process: 10 s of 100,000 events/s."""
+_MOST_WARM: Final = 5_000_000
+"""Windows that are read before anybody asks: two seconds' work."""
 _MOST_WAITING: Final = 16
 """Requests that wait for their turn; DuckDB itself uses all CPUs, so that more at once would not be faster."""
 _MOST_KEPT: Final = 64
@@ -47,12 +54,16 @@ class Reading:
         self._reader = None if made_later else self._opened()
         self._lock = threading.Lock()
         self._closed = False
+        # The C library keeps freed memory by thread: queries of many threads would hold it many times.
+        self._queries = ThreadPoolExecutor(1, "mace-query")
         self._waiting = threading.BoundedSemaphore(_MOST_WAITING)
         self._kept: OrderedDict[tuple[int, str, Asked], tuple[int, View]] = OrderedDict()
 
     def _opened(self) -> StoreReader:
-        threads, memory_mib = (1, _MEMORY_BESIDE_MIB) if self._beside else (None, MEMORY_MIB)
-        return StoreReader(self.path, skip_damaged=self._skip_damaged, threads=threads, memory_mib=memory_mib)
+        threads, memory_mib, most_rows = (
+            (1, _MEMORY_BESIDE_MIB, _MOST_ROWS_BESIDE) if self._beside else (None, MEMORY_MIB, _MOST_ROWS)
+        )
+        return StoreReader(self.path, self._skip_damaged, threads, memory_mib, most_rows)
 
     def view(self, name: str, asked: Asked) -> View:
         """Return a view (`mace.shown.views.view`). Raises its errors, and `Busy`."""
@@ -65,7 +76,7 @@ class Reading:
                 return self._kept[key][1]
             begin_s = time.monotonic()
             try:
-                found = views.view(reader, name, asked)
+                found = self._queries.submit(views.view, reader, name, asked).result()
             finally:
                 # With one thread no more than that; less where other work has the CPU.
                 self.changes.spend(time.monotonic() - begin_s)
@@ -88,14 +99,18 @@ class Reading:
             self._waiting.release()
 
     def warm(self) -> None:
-        """Read what every view needs first, so that the first viewer does not wait for DuckDB's start."""
-        try:
+        """Read what every view needs first, and make the view that viewers open first: it is kept for them.
+
+        A store of months without wide windows is left to whoever asks: closing waits for the query that runs.
+        """
+        with suppress(MaceError):  # whoever asks for a view is told
             with self.reader() as reader:
                 reader.keep(self.changes.state().number)
                 reader.runs()
                 reader.containers()
-        except MaceError:
-            pass  # whoever asks for a view is told
+                few = reader.windows_without_wide() <= _MOST_WARM
+            if few:
+                self.view("overview", Asked())
 
     def close(self) -> None:
         """Wait for the query that runs, and refuse all others.
@@ -106,6 +121,7 @@ class Reading:
             self._closed = True
             if self._reader is not None:
                 self._reader.close()
+            self._queries.shutdown()
 
     def _keep(self, key: tuple[int, str, Asked], found: View) -> None:
         values = sum(map(len, found.columns.values()))

@@ -305,7 +305,9 @@ def _spark(stretches: Mapping[int, Distribution]) -> list[list[int]]:
 def devices(store: StoreReader, asked: Asked) -> View:
     """Return the rows of `mace report --json`: devices in the order of the path, delivery, overhead."""
     base = _base(store, asked)
-    summary = store.summary(base.where, asked.source)
+    source, bound = _bounded(store, asked, base)
+    summary = store.summary(base.where, source)
+    summary.note = " ".join(filter(None, (summary.note, bound)))
     columns: dict[str, list[Any]] = {name: [] for name in (*_PLACE, "counts_as", *_FIGURES)}
     curves = []
     shown = summary.rows(Segment.DEVICE, Segment.OUTSIDE, Segment.DELIVERY, Segment.WAITING)
@@ -375,19 +377,19 @@ def path(store: StoreReader, asked: Asked) -> View:
 def time(store: StoreReader, asked: Asked) -> View:
     """Return quantiles per stretch of time and direction."""
     base = _base(store, asked)
-    over = _over_time(store, asked, base)
+    over, note = _over_time(store, asked, base)
     columns: dict[str, list[Any]] = {name: [] for name in ("utc_ns", "direction", *_FIGURES)}
     for (direction,), stretches in over.groups.items():
         for at in sorted(stretches):
             start = over.first_utc_ns + at * over.width_ns
             _append(columns, {"utc_ns": start, "direction": direction} | stretches[at].as_dict())
-    return View(columns, _noted(store, base.about()) | {"width_ns": over.width_ns})
+    return View(columns, _noted(store, base.about() | {"note": note}) | {"width_ns": over.width_ns})
 
 
 def heat(store: StoreReader, asked: Asked) -> View:
     """Return the merged histograms per stretch of time, with eight rows per power of two."""
     base = _base(store, asked)
-    over = _over_time(store, asked, base)
+    over, note = _over_time(store, asked, base)
     columns: dict[str, list[Any]] = {name: [] for name in ("utc_ns", "direction", "low_ns", "high_ns", "count")}
     for (direction,), stretches in over.groups.items():
         for at in sorted(stretches):
@@ -397,7 +399,7 @@ def heat(store: StoreReader, asked: Asked) -> View:
             columns["low_ns"] += low
             columns["high_ns"] += high
             columns["count"] += counts
-    return View(columns, _noted(store, base.about()) | {"width_ns": over.width_ns})
+    return View(columns, _noted(store, base.about() | {"note": note}) | {"width_ns": over.width_ns})
 
 
 def heat_rows(delays: Distribution) -> tuple[list[int], list[int], list[int]]:
@@ -409,10 +411,25 @@ def heat_rows(delays: Distribution) -> tuple[list[int], list[int], list[int]]:
     return low.tolist(), high.tolist(), counts.tolist()
 
 
-def _over_time(store: StoreReader, asked: Asked, base: _Base) -> OverTime:
-    """Return what both `time` and `heat` show, so that a reader that keeps results reads it once for a page."""
-    return store.over_time(
-        base.where, ("direction",), segments=asked.segments(), points=asked.points, source=asked.source
+def _over_time(store: StoreReader, asked: Asked, base: _Base) -> tuple[OverTime, str]:
+    """Return what both `time` and `heat` show, so that a reader that keeps results reads it once for a page; a note."""
+    of = asked.segments()
+    # Overhead is in the windows of its container, and all containers' packets in all windows: these equal the rows.
+    equal = of == (Segment.OVERHEAD,) or base.where.container is None
+    source, bound = (asked.source, "") if equal else _bounded(store, asked, base)
+    over = store.over_time(base.where, ("direction",), segments=of, points=asked.points, source=source)
+    return over, " ".join(filter(None, (base.about()["note"], bound)))
+
+
+def _bounded(store: StoreReader, asked: Asked, base: _Base) -> tuple[From, str]:
+    """Return what figures device by device are computed from, and a note if these are windows for too many rows."""
+    if asked.source != "auto" or not store.too_many(base.where):
+        return asked.source, ""
+    note = f"This time has more than {store.most_rows:,} rows: the devices are from windows"
+    if base.where.container is None:
+        return "windows", f"{note}."
+    return "windows", (
+        f"{note}, which tell of the container's own devices alone. A shorter time has the host's devices too."
     )
 
 
@@ -487,7 +504,10 @@ def packets(store: StoreReader, asked: Asked) -> View:
         name: [getattr(row, name) for row in listed] for name in (*names, "grade", "outcome", "waited")
     }
     columns["time"] = [iso(row.utc_ns) for row in listed]
-    return View(columns, _noted(store, base.about()) | {"found": found})
+    about = base.about()
+    if store.too_many(base.where):
+        about["note"] = f"{about['note']} The packets are of the newest {store.most_rows:,} rows of this time.".strip()
+    return View(columns, _noted(store, about) | {"found": found})
 
 
 def packet(store: StoreReader, asked: Asked) -> View:

@@ -8,6 +8,10 @@ month_folding       s of CPU time that making the wide windows takes for each ho
 
 The store has no rows, as one of a month has on most disks. It has no windows of a second: nobody reads them over such a
 range, and they would be 30 GB. Without wide windows a view takes a minute: `PEER_DAYS` are measured, and scaled.
+
+The hours of every day, the first day and the last are real. The files of the other days with windows of ten seconds, a
+minute and ten minutes are the first day's under other names: no view of the whole month reads them, and to write 90
+million windows would take longer than all measurements.
 """
 
 import asyncio
@@ -108,27 +112,51 @@ def _fill(store: Path, days: int) -> float:
     rows = tables.windows_table(HEADER, closed[closed.column("width_s") == wide.FROM_S], devices)
     times = rows["time"].cast(pa.int64()).to_numpy()
 
-    def write(hour: int) -> None:
+    def write(hour: int, like: segments.SegmentFile | None = None) -> None:
         number = hour + 2
-        shifted = rows.set_column(
-            0, rows.schema.field(0), pa.array(times + hour * HOUR_NS).cast(rows.schema.field(0).type)
-        )
         at = BEGIN_NS // HOUR_NS + hour
         ledger = tables.ledger_table([_entry(hour, second, hour + 1 == 24 * days) for second in (1800, 3600)], number)
-        for table, each in (("windows", shifted), ("ledger", ledger)):
-            target = segments.segment(store, table, at, number, number, len(each)).path
-            data = memoryview(tables.encode(each, table, segments.MERGE_BATCH_ROWS // segments.ROW_WEIGHT[table]))
-            segments.write_whole(target, segments.write_bytes(data), fsync=False)
+        _put(store, ledger, "ledger", at, number)
+        if like is not None:
+            _linked(like, segments.segment(store, "windows", at, number, number, like.rows))
+            return
+        shifted = pa.array(times + hour * HOUR_NS).cast(rows.schema.field(0).type)
+        _put(store, rows.set_column(0, rows.schema.field(0), shifted), "windows", at, number)
 
+    last = 24 * (days - 1)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(write, range(25)))
         begin = time.process_time()
         folding.fold_windows(store, None, 1 << 40, fsync=False)
         folding_s = (time.process_time() - begin) / 24
         first = {table: segments.listing(store, table)[0] for table in wide.TABLES.values()}
-        list(pool.map(write, range(25, 24 * days)))
-        list(pool.map(lambda day: [_shifted(store, each, day) for each in first.values()], range(1, days)))
+        hours = segments.listing(store, "windows")[:24]
+        between = range(25, last)
+        list(pool.map(write, between, [hours[hour % 24] for hour in between]))
+        list(pool.map(write, range(max(last, 25), 24 * days)))
+        for day in range(1, days):
+            list(pool.map(lambda each, day=day: _later(store, each, day, days), first.values()))
     return folding_s
+
+
+def _put(store: Path, rows: pa.Table, table: str, hour: int, number: int) -> None:
+    target = segments.segment(store, table, hour, number, number, len(rows)).path
+    data = memoryview(tables.encode(rows, table, segments.MERGE_BATCH_ROWS // segments.ROW_WEIGHT[table]))
+    segments.write_whole(target, segments.write_bytes(data), fsync=False)
+
+
+def _linked(of: segments.SegmentFile, target: segments.SegmentFile) -> None:
+    target.path.parent.mkdir(parents=True, exist_ok=True)
+    target.path.hardlink_to(of.path)
+
+
+def _later(store: Path, of: segments.SegmentFile, day: int, days: int) -> None:
+    """Write a segment of wide windows some days later, or link it if no view of the whole month reads it."""
+    later = 24 * day
+    if of.table == wide.STANDING or day == days - 1:
+        _shifted(store, of, day)
+    else:
+        _linked(of, segments.segment(store, of.table, of.hour + later, of.first + later, of.last + later, of.rows))
 
 
 def _shifted(store: Path, of: segments.SegmentFile, day: int) -> None:

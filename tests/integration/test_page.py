@@ -1,13 +1,15 @@
 """The page of `mace serve` and of `mace report --html` in a real browser, over a real recording and a live run."""
 
+import contextlib
 import http.server
 import json
 import queue
 import re
 import signal
+import socket
 import threading
 from dataclasses import replace
-from urllib.parse import parse_qs, unquote, urlencode
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 from urllib.request import urlopen
 
 import pytest
@@ -22,7 +24,7 @@ from mace.serving.server import serving
 from storage import sql
 from storage.query import Filter, StoreReader
 from tests.browser import LIMIT_S
-from tests.made_results import make_delays, make_results, make_stages, make_windows, topology, with_rows
+from tests.made_results import header, make_delays, make_results, make_stages, make_windows, topology, with_rows
 from tests.made_trips import kept, made_trips
 from tests.measuring import ROOT, mace, start, wait_for
 from tests.nasty_names import NASTY, named_devices
@@ -126,6 +128,55 @@ def test_a_container_in_light_and_dark_wide_and_narrow(browser, url, store, host
         background = page.js("getComputedStyle(document.body).backgroundColor")
         assert (background == "rgb(255, 255, 255)") is not dark
         quiet(page, url)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_page_fits_a_phone(browser, url, store, host, dark):
+    worst = StoreReader(store).worst(1, Filter(container="c1"))[0]
+    packet = urlencode({"packet": worst.packet, "run": worst.run, "host": host})
+    with browser.page(width=390, dark=dark) as page:
+        for route in ("", f"packets?container=c1&host={host}", f"packet?{packet}"):
+            page.shown(f"{url}#/{route}")
+            assert page.js("document.documentElement.scrollWidth <= window.innerWidth"), route
+        quiet(page, url)
+
+
+def test_ten_browsers_show_the_same(browser, url):
+    with contextlib.ExitStack() as opened:
+        pages = [opened.enter_context(browser.page()) for _ in range(10)]
+        for page in pages:
+            page.open(f"{url}#/")
+        shown = []
+        for page in pages:
+            page.until("document.body.dataset.shown !== undefined")
+            shown.append(table(page, "overview"))
+            quiet(page, url)
+    assert shown == [shown[0]] * 10
+    assert len(shown[0]) == 4
+
+
+def test_the_hosts_of_a_fleet_stand_apart(browser, tmp_path):
+    """A store as an ingest writes it: several hosts, whose containers have the same names."""
+    for number, name in enumerate(("testhost", "far")):
+        delays = make_delays(100 * (number + 1), containers=2, seed=number)
+        results = make_results(delays, containers=2, windows=make_windows(delays))
+        fill(tmp_path, [results], f"run-{number}", head=header(f"run-{number}", host=name))
+    with serving(tmp_path, ANYWHERE, OPEN) as served, browser.page() as page:
+        page.shown(f"{served.url}#/")
+        counted = sql.table(
+            StoreReader(tmp_path),
+            "SELECT host || '/' || container AS name, direction, count(*) AS n FROM delays WHERE segment = 'overhead'"
+            " AND NOT waited GROUP BY ALL ORDER BY ALL",
+        ).to_pylist()
+        assert {row["name"] for row in counted} == {"testhost/c0", "testhost/c1", "far/c0", "far/c1"}
+        assert sorted(row[:2] + row[3:4] for row in table(page, "overview")) == [
+            [row["name"], row["direction"], f"{row['n']:,}"] for row in counted
+        ]
+        page.js("[...document.querySelectorAll('td a')].find(each => each.textContent === 'far/c1').click()")
+        page.until("document.body.dataset.shown?.includes('host=far')")
+        whole = [row for row in table(page, "devices") if row[0] == "whole path"]
+        assert [row[5] for row in whole] == [f"{row['n']:,}" for row in counted if row["name"] == "far/c1"]
+        quiet(page, served.url)
 
 
 def test_from_a_region_to_a_packet_and_its_trace(browser, url, store, host):
@@ -401,8 +452,11 @@ def test_the_report_is_the_page_with_its_data_inside(browser, store, tmp_path, h
 
 @pytest.mark.needs("root", "tracefs", "netns")
 def test_numbers_of_a_live_run_move(browser, tmp_path):
-    """`mace run --serve`: the open page shows new packets by itself, and the run's own figures at its end."""
-    with running(Spec(name="page")) as lab:
+    """`mace run --serve`: the open page shows new packets by itself, and the run's own figures at its end.
+
+    Other viewers ask and read no answer: the run loses nothing by them.
+    """
+    with running(Spec(name="page")) as lab, contextlib.ExitStack() as stuck:
         process = start(
             "run", "--lab", lab.name, "--source", "ftrace", "--store", tmp_path / "store", "--json",
             "--serve", "127.0.0.1:0",
@@ -410,6 +464,10 @@ def test_numbers_of_a_live_run_move(browser, tmp_path):
         try:
             address = re.search(r"http://\S+/", process.stderr.readline())[0]
             wait_for(lambda: list((tmp_path / "store").glob("runs/*.parquet")), limit_s=120)
+            where = urlsplit(address)
+            for target in ("events", "heat", "devices") * 3:
+                viewer = stuck.enter_context(socket.create_connection((where.hostname, where.port), timeout=60))
+                viewer.sendall(f"GET /api/{target} HTTP/1.1\r\nHost: {where.netloc}\r\n\r\n".encode())
             with browser.page() as page:
                 page.open(f"{address}#/")
                 told = "(document.querySelector('footer').innerText.match(/^packets ([0-9,]+)/) || ['', '0'])[1]"

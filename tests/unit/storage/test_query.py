@@ -1,4 +1,5 @@
 import asyncio
+import shutil
 import threading
 from dataclasses import replace
 from itertools import pairwise
@@ -22,6 +23,7 @@ from mace.shown import tables as shown_tables
 from storage import query, segments, sql, tables
 from storage.embedded import EmbeddedStore
 from storage.query import Filter, StoreReader
+from storage.segments import HOUR_NS
 from tests.made_results import (
     START_NS,
     delays_of,
@@ -32,7 +34,7 @@ from tests.made_results import (
     topology,
     with_totals,
 )
-from tests.unit.storage.stored import fill
+from tests.unit.storage.stored import BEGIN_NS, fill, write_run
 
 
 def naive(delays, devices):
@@ -553,6 +555,103 @@ def test_containers_on_the_host_s_network_are_kept_with_the_ledger(tmp_path):
     assert store.sharers(Filter(run="a")) == (agent, image)
     assert store.sharers(Filter(until_ns=START_NS + 10**11)) == (agent, image)
     assert store.sharers(Filter(since_ns=START_NS + 2 * 10**12)) == ()
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The segments of `ledger` that DuckDB opens, in order."""
+    found, real = [], query.relation
+
+    def relation(connection, table, some, **options):
+        found.extend(each for each in some if table == "ledger")
+        return real(connection, table, some, **options)
+
+    monkeypatch.setattr(query, "relation", relation)
+    return found
+
+
+def several_runs(path):
+    """Write six runs of an hour each, an hour apart, every other one killed; yields after each."""
+    for number in range(6):
+        begin_ns = BEGIN_NS + 2 * number * HOUR_NS
+        ends = "killed" if number % 2 else "closed"
+        asyncio.run(write_run(path, f"run-{number}", rows=False, hours=1, minutes=5, ends=ends, begin_ns=begin_ns))
+        yield
+
+
+@pytest.mark.slow
+def test_a_reader_remembers_what_ledgers_say(tmp_path, opened):
+    kept, before = None, set()
+    for number, _ in enumerate(several_runs(tmp_path)):
+        kept = kept or StoreReader(tmp_path)
+        opened.clear()
+        found = kept.runs()
+        assert opened
+        assert not before & {each.path for each in opened}
+        before = {each.path for each in kept.segments("ledger")}
+        assert found == StoreReader(tmp_path).runs()
+        assert [run.run for run in found] == [f"run-{n}" for n in range(number + 1)]
+
+
+def test_the_newest_ledger_of_a_run_is_read_first(tmp_path, opened):
+    asyncio.run(write_run(tmp_path, "long", rows=False, hours=20, minutes=60, ends="killed"))
+    hours = {each.hour for each in StoreReader(tmp_path).segments("ledger")}
+    store = StoreReader(tmp_path)
+    [run] = store.runs()
+    assert max(each.hour for each in opened) == max(hours)
+    assert len({each.hour for each in opened}) <= 8 < len(hours)
+    [newest] = sql.table(store, "SELECT * FROM ledger ORDER BY flush DESC LIMIT 1").to_pylist()
+    assert run.packets == newest["packets"]
+
+
+def test_what_retention_removes_is_forgotten(tmp_path):
+    for _ in several_runs(tmp_path):
+        pass
+    kept = StoreReader(tmp_path)
+    before = kept.runs()
+    for hour in sorted({each.hour for each in kept.segments("ledger")})[:3]:
+        shutil.rmtree(segments.partition(tmp_path, "ledger", hour))
+    assert kept.runs() == StoreReader(tmp_path).runs() != before
+
+
+def test_what_ledgers_say_of_shared_networks_is_remembered(tmp_path, opened):
+    for number in range(3):
+        made = make_results(make_delays(9, start_ns=START_NS + number * HOUR_NS))
+        fill(tmp_path, [with_totals(made, on_host_network=(Sharer(f"agent-{number}"),))], f"run-{number}")
+    kept = StoreReader(tmp_path)
+    assert [each.container for each in kept.sharers()] == ["agent-0", "agent-1", "agent-2"]
+    opened.clear()
+    assert [each.container for each in kept.sharers()] == ["agent-0", "agent-1", "agent-2"]
+    assert [each.container for each in kept.sharers(Filter(run="run-1"))] == ["agent-1"]
+    assert kept.sharers(Filter(host="nobody")) == ()
+    assert not opened
+    # Of an hour that a range cuts, the rows are read.
+    [cut] = [run.upto_utc_ns for run in kept.runs() if run.run == "run-1"]
+    assert [each.container for each in kept.sharers(Filter(until_ns=cut + 1))] == ["agent-0", "agent-1"]
+    assert [each.container for each in kept.sharers(Filter(until_ns=cut))] == ["agent-0"]
+
+
+def drawn(paths):
+    return [
+        (path.host, path.container, path.direction, [(*hop[:2], hop[2].as_dict()) for hop in path.hops])
+        for path in paths
+    ]
+
+
+@pytest.mark.slow
+def test_packets_of_equal_numbers_are_of_their_runs(tmp_path):
+    """Packet numbers are unique within a run: another run's packets with the same numbers are others."""
+    for number, host in enumerate(("near", "far")):
+        made = make_results(make_delays(100 * (number + 1), containers=2, seed=number), containers=2)
+        for path in (tmp_path / "both", tmp_path / host):
+            fill(path, [made], f"run-{number}", head=header(f"run-{number}", host=host))
+    both = StoreReader(tmp_path / "both")
+    for number, host in enumerate(("near", "far")):
+        alone = StoreReader(tmp_path / host)
+        for where in (Filter(container="c1", host=host), Filter(container="c1", run=f"run-{number}")):
+            assert told(both.summary(where)) == told(alone.summary(Filter(container="c1")))
+            assert drawn(both.typical_paths(where)) == drawn(alone.typical_paths(Filter(container="c1")))
+            assert both.delays(where).num_rows == alone.delays(Filter(container="c1")).num_rows
 
 
 def test_sql_lists_the_tables_that_people_use(stored):

@@ -119,9 +119,9 @@ def test_a_long_range_reads_wide_windows(stores, monkeypatch):
 def spied(read):
     real = query.relation
 
-    def relation(connection, table, found):
+    def relation(connection, table, found, **options):
         read.extend(found)
-        return real(connection, table, found)
+        return real(connection, table, found, **options)
 
     return relation
 

@@ -272,6 +272,31 @@ def test_views_are_read_once_for_many_viewers(reader, monkeypatch):
     assert len(made) == 2
 
 
+@pytest.mark.parametrize(("most", "made"), [(10**9, ["overview"]), (0, [])])
+def test_the_first_view_is_made_before_anybody_asks_unless_it_takes_long(reader, monkeypatch, most, made):
+    found = []
+    monkeypatch.setattr(reading_module.views, "view", lambda _, name, asked: found.append(name) or views.View({}))
+    monkeypatch.setattr(reading_module, "_MOST_WARM", most)
+    reader.warm()
+    assert found == made
+    reader.view("overview", Asked())
+    assert found == ["overview"]
+
+
+def test_one_thread_reads_for_all_viewers(reader, monkeypatch):
+    """So that the memory which the C library keeps for a thread is kept once."""
+    threads = set()
+
+    def noted(*_):
+        threads.add(threading.get_ident())
+        return views.View({"count": [1]})
+
+    monkeypatch.setattr(reading_module.views, "view", noted)
+    with ThreadPoolExecutor(5) as pool:
+        list(pool.map(lambda points: reader.view("time", Asked(points=points)), range(1, 11)))
+    assert len(threads) == 1
+
+
 def test_what_is_kept_is_bounded(reader, monkeypatch):
     monkeypatch.setattr(reading_module.views, "view", lambda *_: views.View({"count": [1] * 1000}))
     monkeypatch.setattr(reading_module, "_MOST_VALUES", 5000)

@@ -233,6 +233,48 @@ def test_a_device_of_a_container(store):
     assert (sum(columns["count"]), max(columns["max_ns"])) == (found["n"], found["most"])
 
 
+@pytest.fixture
+def bounded(path):
+    """The store's reader with fewer rows than the store has."""
+    return StoreReader(path, most_rows=100)
+
+
+def test_of_too_many_rows_devices_are_from_windows_and_say_so(bounded, store):
+    asked = Asked(container="c0", run="run-1")
+    for name in ("devices", "distributions"):
+        found = view(bounded, name, asked)
+        assert "more than 100 rows: the devices are from windows" in found.about["note"]
+        assert found.columns == view(store, name, replace(asked, figures="windows")).columns
+        assert {row["device"] for row in rows(found)} < {row["device"] for row in rows(view(store, name, asked))}
+    for name in ("time", "heat"):
+        of_device = replace(asked, device=next(row["device"] for row in rows(found)))
+        drawn = view(bounded, name, of_device)
+        assert "from windows" in drawn.about["note"]
+        # Overhead is in windows as it is in rows: nothing is left out, and nothing said.
+        whole = view(bounded, name, asked)
+        assert sum(drawn.columns["count"]) == sum(whole.columns["count"]) > 0
+        assert whole.columns == view(store, name, asked).columns
+        assert "windows" not in whole.about["note"]
+    assert view(bounded, "overview", Asked()).columns == view(store, "overview", Asked()).columns
+
+
+def test_of_too_many_rows_packets_are_the_newest_and_say_so(bounded, store):
+    asked = Asked(container="c0", host="testhost")
+    found, everything = view(bounded, "packets", asked), view(store, "packets", asked)
+    assert "of the newest 100 rows" in found.about["note"]
+    assert set(found.columns["run"]) == {"run-2"}
+    assert 0 < found.about["found"] < everything.about["found"]
+    assert "newest" not in everything.about["note"]
+
+
+def test_rows_are_counted_by_their_share_of_an_hour(path):
+    [run] = [run for run in StoreReader(path).runs() if run.run == "run-1"]
+    middle = (run.started_utc_ns + run.upto_utc_ns) // 2
+    whole = StoreReader(path)._rows_of("delays", Filter())
+    for most_rows, since_ns, expected in ((whole, None, False), (whole - 1, None, True), (whole - 1, middle, False)):
+        assert StoreReader(path, most_rows=most_rows).too_many(Filter(since_ns=since_ns, host="testhost")) is expected
+
+
 def test_a_region_has_its_packets_slowest_first(store):
     everything = store.delays(Filter(run="run-1")).to_pandas()
     overhead = everything[(everything.segment == "overhead") & (everything.container == "c0")]
