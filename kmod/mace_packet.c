@@ -157,18 +157,19 @@ static noinline u64 mace_take_unnoted(const struct sk_buff *skb, int offset)
 static __always_inline u64 mace_take_bits(struct mace_reader *reader, int offset, u64 mask)
 {
 	struct mace_packet *packet = reader->packet;
-	const u8 *at = reader->at + offset;
+	__be64 value;
 
 	if (unlikely(offset + 8 > reader->in_place || reader->reads >= MACE_READS_MAX)) {
 		reader->noted = false;
 		return mace_take_unnoted(reader->skb, reader->offset + offset) & mask;
 	}
+	value = get_unaligned((const __be64 *)(reader->at + offset));
 	packet->offset[reader->reads] = offset;
-	packet->value[reader->reads] = get_unaligned((const u64 *)at);
+	packet->value[reader->reads] = (__force u64)value;
 	packet->mask[reader->reads] = (__force u64)cpu_to_be64(mask);
 	reader->reads++;
 	reader->noted_bytes = max(reader->noted_bytes, offset + 8);
-	return get_unaligned_be64(at) & mask;
+	return be64_to_cpu(value) & mask;
 }
 
 /* The number that @len bytes at @offset are. mace_has() them, and before them what eight need. */
@@ -268,13 +269,14 @@ static __always_inline void mace_read_tunnel_in_udp(struct mace_reader *reader, 
 	}
 }
 
-static __always_inline void mace_read_udp(struct mace_reader *reader, int offset,
+/* Return: whether the port may be a tunnel's. */
+static __always_inline bool mace_read_udp(struct mace_reader *reader, int offset,
 					  struct mace_headers *headers)
 {
 	u32 head;
 
 	if (!mace_has(reader, offset, sizeof(struct udphdr)))
-		return;
+		return false;
 	headers->flags |= MACE_FLAG_FLOW;
 	headers->ports = offset;
 	/* The destination says whether to look for a tunnel. */
@@ -282,8 +284,10 @@ static __always_inline void mace_read_udp(struct mace_reader *reader, int offset
 	headers->second = (u64)(head & 0xffff) << 32;
 	offset += sizeof(struct udphdr);
 	mace_has_payload(headers, offset, MACE_PAYLOAD_BYTES);
-	if (unlikely(mace_tunnel_port_bits >> (head >> 16) % 64 & 1))
-		mace_read_tunnel_in_udp(reader, offset, head >> 16, headers);
+	if (likely(!(mace_tunnel_port_bits >> (head >> 16) % 64 & 1)))
+		return false;
+	mace_read_tunnel_in_udp(reader, offset, head >> 16, headers);
+	return true;
 }
 
 static __always_inline void mace_read_icmp(struct mace_reader *reader, int offset, int version,
@@ -573,10 +577,13 @@ static __always_inline struct mace_words mace_words_of(const struct mace_reader 
 	};
 }
 
-/* Find the packet that @outer carries, behind the head of its frame if it is in one. */
+/*
+ * Find the packet that @outer carries, behind the head of its frame if it is in one. @plain: a tag
+ * is not passed.
+ */
 static __always_inline bool mace_find_inner(struct mace_reader *reader,
-					    const struct mace_headers *outer, int *offset,
-					    u16 *protocol)
+					    const struct mace_headers *outer, bool plain,
+					    int *offset, u16 *protocol)
 {
 	int i;
 
@@ -588,7 +595,7 @@ static __always_inline bool mace_find_inner(struct mace_reader *reader,
 		return false;
 	*protocol = mace_take(reader, *offset + offsetof(struct ethhdr, h_proto), 2);
 	*offset += ETH_HLEN;
-	for (i = 0; i < 2 && unlikely(eth_type_vlan(htons(*protocol))); i++) {
+	for (i = plain ? 2 : 0; i < 2 && unlikely(eth_type_vlan(htons(*protocol))); i++) {
 		if (!mace_has(reader, *offset, VLAN_HLEN))
 			break;
 		*protocol = mace_take(reader, *offset + 2, 2);
@@ -597,38 +604,60 @@ static __always_inline bool mace_find_inner(struct mace_reader *reader,
 	return true;
 }
 
-static __always_inline void mace_note_again(struct mace_reader *reader,
-					    const struct mace_packet *last, int read, int offset)
+/* Compare what @last has noted with what is @at, and note it of @reader's packet as well. */
+static __always_inline u64 mace_note_again(struct mace_reader *reader,
+					   const struct mace_packet *last, int read, int offset)
 {
+	u64 value = get_unaligned((const u64 *)(reader->at + offset + last->offset[read]));
 	struct mace_packet *packet = reader->packet;
+	u64 mask = last->mask[read];
 
 	packet->offset[reader->reads] = offset + last->offset[read];
-	packet->value[reader->reads] = last->value[read];
-	packet->mask[reader->reads] = last->mask[read];
+	packet->value[reader->reads] = value;
+	packet->mask[reader->reads] = mask;
 	reader->reads++;
+	return (value ^ last->value[read]) & mask;
 }
 
 /*
  * Whether what is at @offset is the packet of the last hook: it went into a tunnel. What it was
  * read by is what the tunnel's is read by, and its key is the tunnel's. A tunnel itself would be
- * only payload here, and what is not IP may be none.
+ * only payload here, and what is not IP may be none. As mace_is_same(), but what is compared is
+ * noted.
  */
 static __always_inline bool mace_take_last(struct mace_reader *reader,
 					   const struct mace_packet *last, int offset, u16 protocol)
 {
-	int i = MACE_READS_MIN;
+	int in_place = reader->in_place - offset, i = MACE_READS_MIN;
+	const u8 *payload = reader->at + offset + last->payload;
+	u64 differs;
 
-	if (last == reader->packet || !last->record.ip_version ||
-	    (last->flags & (MACE_FLAG_KEY | MACE_FLAG_TUNNEL)) != MACE_FLAG_KEY ||
-	    reader->reads + last->reads > MACE_READS_MAX ||
-	    !mace_is_same(last, reader->skb, reader->offset + offset, htons(protocol)))
+	/* What cannot be remembered has no protocol; what is not IP has no version. */
+	if (last == reader->packet || (__force u16)htons(protocol) != last->protocol ||
+	    !last->record.ip_version ||
+	    (last->record.flags & (MACE_FLAG_KEY | MACE_FLAG_TUNNEL)) != MACE_FLAG_KEY ||
+	    reader->reads + last->reads > MACE_READS_MAX)
 		return false;
-	mace_note_again(reader, last, 0, offset);
-	mace_note_again(reader, last, 1, offset);
-	mace_note_again(reader, last, 2, offset);
-	mace_note_again(reader, last, 3, offset);
+	if (last->whole > in_place) {
+		if (last->in_place > in_place)
+			return false;
+		payload = mace_payload_elsewhere(last, reader->skb, reader->at + offset, in_place);
+		if (unlikely(!payload))
+			return false;
+	}
+	differs = (get_unaligned((const u64 *)payload) ^ last->content[0]) & last->content_mask[0];
+	differs |= (get_unaligned((const u64 *)(payload + 8)) ^ last->content[1]) &
+		   last->content_mask[1];
+	differs |= mace_note_again(reader, last, 0, offset);
+	differs |= mace_note_again(reader, last, 1, offset);
+	differs |= mace_note_again(reader, last, 2, offset);
+	/* What only fills up, none has to compare. */
+	if (last->mask[3])
+		differs |= mace_note_again(reader, last, 3, offset);
 	for (; unlikely(i < last->reads); i++)
-		mace_note_again(reader, last, i, offset);
+		differs |= mace_note_again(reader, last, i, offset);
+	if (differs)
+		return false;
 	reader->noted_bytes = max(reader->noted_bytes, offset + last->in_place);
 	reader->payload = last->payload ? offset + last->payload : 0;
 	reader->payload_bytes = last->payload_bytes;
@@ -648,7 +677,7 @@ static __always_inline bool mace_take_inner(struct mace_reader *reader,
 	u16 protocol;
 	int offset;
 
-	if (!mace_find_inner(reader, outer, &offset, &protocol))
+	if (!mace_find_inner(reader, outer, false, &offset, &protocol))
 		return false;
 	headers = mace_read_ip(reader, offset, protocol);
 	if (!headers.flags)
@@ -685,10 +714,13 @@ static __always_inline void mace_is_read(const struct mace_reader *reader,
 	const u8 *ports = reader->at + headers->ports;
 	unsigned int reads;
 
-	if (unlikely(headers->ports + 4 > reader->in_place))
-		ports = mace_peek_elsewhere(reader->skb, reader->offset + headers->ports, 4);
-	if (ports)
+	if (likely(headers->ports + 4 <= reader->in_place)) {
 		mace_set_ports(packet, ports);
+	} else {
+		ports = mace_peek_elsewhere(reader->skb, reader->offset + headers->ports, 4);
+		if (ports)
+			mace_set_ports(packet, ports);
+	}
 	if (!headers->ports || !ports) {
 		record->l4_src = 0;
 		record->l4_dst = 0;
@@ -713,8 +745,8 @@ static __always_inline void mace_is_read(const struct mace_reader *reader,
 	packet->in_place = reader->noted_bytes;
 	packet->payload = reader->payload;
 	packet->payload_bytes = reader->payload_bytes;
+	packet->whole = max(reader->noted_bytes, reader->payload + reader->payload_bytes);
 	packet->ports = headers->ports;
-	packet->flags = flags;
 	/* mace_is_same() compares as many. */
 	for (reads = reader->reads; reads < MACE_READS_MIN || reads % 2; reads++) {
 		packet->offset[reads] = 0;
@@ -762,19 +794,36 @@ static __always_inline bool mace_read_plain_payload(struct mace_reader *reader,
 }
 
 /* The rest of one that carries that of the last hook, or none. */
-static __always_inline bool mace_read_plain_tunnel(struct mace_reader *reader,
-						   const struct mace_headers *headers, u8 proto,
-						   const struct mace_packet *last)
+static __always_inline bool mace_read_tunnel(struct mace_reader *reader,
+					     const struct mace_headers *headers, u8 proto,
+					     const struct mace_packet *last)
 {
 	u16 protocol;
 	int offset;
 
-	if (!headers->inner || !mace_find_inner(reader, headers, &offset, &protocol) ||
+	if (!headers->inner || !mace_find_inner(reader, headers, true, &offset, &protocol) ||
 	    !reader->noted || !mace_take_last(reader, last, offset, protocol))
 		return false;
 	mace_is_read(reader, headers, htons(ETH_P_IP), 4, proto, headers->flags | MACE_FLAG_TUNNEL,
 		     last->record.packet_key);
 	return true;
+}
+
+/* The same, where @inner and @reads are mostly where the packet is and how many reads told so. */
+static __always_inline bool mace_read_plain_tunnel(struct mace_reader *reader,
+						   struct mace_headers *headers, u8 proto,
+						   const struct mace_packet *last, int inner,
+						   unsigned int reads, u16 protocol)
+{
+	if (headers->inner != inner || reader->reads != reads || !reader->noted ||
+	    headers->inner_protocol != protocol)
+		return mace_read_tunnel(reader, headers, proto, last);
+	/* So that the compiler knows as well. */
+	headers->inner = inner;
+	headers->inner_protocol = protocol;
+	reader->reads = reads;
+	reader->noted = true;
+	return mace_read_tunnel(reader, headers, proto, last);
 }
 
 /* A later fragment, or the first one of a datagram. */
@@ -821,19 +870,29 @@ static __always_inline bool mace_read_plain_ipv4(struct mace_packet *packet,
 		mace_read_tcp(&reader, upper, &headers);
 		return mace_read_plain_payload(&reader, &headers, 4, IPPROTO_TCP);
 	case IPPROTO_UDP:
-		mace_read_udp(&reader, upper, &headers);
-		if (likely(!headers.inner))
+		if (likely(!mace_read_udp(&reader, upper, &headers)))
 			return mace_read_plain_payload(&reader, &headers, 4, IPPROTO_UDP);
-		return mace_read_plain_tunnel(&reader, &headers, IPPROTO_UDP, last);
+		if (!headers.inner)
+			return mace_read_plain_payload(&reader, &headers, 4, IPPROTO_UDP);
+		/* VXLAN, or Geneve without options, with a frame in it */
+		if (reader.reads == 3)
+			return mace_read_plain_tunnel(&reader, &headers, IPPROTO_UDP, last,
+						      upper + 16, 3, ETH_P_TEB);
+		return mace_read_plain_tunnel(&reader, &headers, IPPROTO_UDP, last, upper + 16, 4,
+					      ETH_P_TEB);
 	case IPPROTO_ICMP:
 		mace_read_icmp(&reader, upper, 4, &headers);
-		return mace_read_plain_payload(&reader, &headers, 4, IPPROTO_ICMP);
+		/* An echo; errors are rare. */
+		return headers.ports && mace_read_plain_payload(&reader, &headers, 4, IPPROTO_ICMP);
 	case IPPROTO_GRE:
 		mace_read_gre(&reader, upper, &headers);
-		return mace_read_plain_tunnel(&reader, &headers, IPPROTO_GRE, last);
+		if (headers.inner_protocol == ETH_P_IP)
+			return mace_read_plain_tunnel(&reader, &headers, IPPROTO_GRE, last,
+						      upper + 4, 3, ETH_P_IP);
+		return mace_read_tunnel(&reader, &headers, IPPROTO_GRE, last);
 	case IPPROTO_IPIP:
 		mace_carries(&headers, upper, ETH_P_IP);
-		return mace_read_plain_tunnel(&reader, &headers, IPPROTO_IPIP, last);
+		return mace_read_tunnel(&reader, &headers, IPPROTO_IPIP, last);
 	default:
 		return false;
 	}
@@ -873,6 +932,21 @@ static __always_inline bool mace_read_plain(struct mace_packet *packet,
 	return protocol == htons(ETH_P_IPV6) && mace_read_plain_ipv6(packet, skb, offset);
 }
 
+/* mace_identify(), where it is part of reading. */
+static __always_inline void mace_identify_here(struct mace_packet *packet,
+					       const struct sk_buff *skb)
+{
+	struct mace_identified *identified = this_cpu_read(mace_packets)->identified +
+					     hash_ptr((void *)skb, MACE_IDENTIFIED_BITS);
+
+	if (unlikely(identified->skb != skb)) {
+		identified->skb = skb;
+		identified->skb_id = siphash_1u64((unsigned long)skb, &mace_skb_key);
+	}
+	packet->skb = skb;
+	packet->record.skb_id = identified->skb_id;
+}
+
 /**
  * mace_identify() - note that a packet is in this buffer now
  * @packet: the packet
@@ -882,15 +956,7 @@ static __always_inline bool mace_read_plain(struct mace_packet *packet,
  */
 noinline void mace_identify(struct mace_packet *packet, const struct sk_buff *skb)
 {
-	struct mace_identified *identified = this_cpu_read(mace_packets)->identified +
-					     hash_ptr((void *)skb, MACE_IDENTIFIED_BITS);
-
-	if (identified->skb != skb) {
-		identified->skb = skb;
-		identified->skb_id = siphash_1u64((unsigned long)skb, &mace_skb_key);
-	}
-	packet->skb = skb;
-	packet->record.skb_id = identified->skb_id;
+	mace_identify_here(packet, skb);
 }
 
 /*
@@ -903,12 +969,14 @@ static __always_inline struct mace_packet *mace_read(struct mace_data *data,
 {
 	struct mace_packet *latest = data->latest, *packet = latest;
 	const struct mace_packet *last = this_cpu_read(mace_last_packet);
+	int in_place = (int)skb_headlen(skb) - offset;
+	const u8 *at = skb->data + offset;
 
-	if (compared || !mace_is_same(packet, skb, offset, protocol)) {
+	if (compared || !mace_is_same(packet, skb, at, in_place, protocol)) {
 		packet = latest == data->packets ? data->packets + 1 : data->packets;
 		data->latest = packet;
-		if (!mace_is_same(packet, skb, offset, protocol)) {
-			if (last == latest || !mace_is_same(last, skb, offset, protocol)) {
+		if (!mace_is_same(packet, skb, at, in_place, protocol)) {
+			if (last == latest || !mace_is_same(last, skb, at, in_place, protocol)) {
 				if (!mace_read_plain(packet, last, skb, offset, protocol))
 					mace_read_anew(packet, skb, offset, protocol);
 				return packet;
@@ -916,7 +984,7 @@ static __always_inline struct mace_packet *mace_read(struct mace_data *data,
 			*packet = *last;
 		}
 	}
-	mace_read_ports(packet, skb, offset);
+	mace_read_ports(packet, at);
 	return packet;
 }
 
@@ -956,12 +1024,13 @@ static noinline int mace_find_vlan(const struct sk_buff *skb, int offset, __be16
 }
 
 /* With a tag, or with an offset of nobody's making, as of a packet socket's frame, never parsed. */
-static noinline struct mace_record *mace_read_unusual(const struct sk_buff *skb, int l3_offset)
+static noinline struct mace_read mace_read_unusual(const struct sk_buff *skb, int l3_offset)
 {
+	struct mace_record *tagged = &this_cpu_read(mace_packets)->tagged;
 	int tci = skb_vlan_tag_present(skb) ? skb_vlan_tag_get(skb) : -1;
 	__be16 protocol = skb->protocol;
 	struct mace_packet *packet;
-	struct mace_record *record;
+	struct mace_read read;
 
 	if (unlikely((unsigned int)l3_offset > skb->len))
 		l3_offset = min_t(int, skb->dev->hard_header_len, skb->len);
@@ -969,35 +1038,36 @@ static noinline struct mace_record *mace_read_unusual(const struct sk_buff *skb,
 		l3_offset = mace_find_vlan(skb, l3_offset, &protocol, &tci);
 	packet = mace_read_seldom(mace_data_of(mace_head_hash(skb)), skb, l3_offset, protocol,
 				  false);
-	record = mace_record_of(packet, skb);
-	record->l3_len = max_t(int, (int)skb->len - l3_offset, 0);
+	read.record = mace_record_of(packet, skb);
+	read.l3_len = max_t(int, (int)skb->len - l3_offset, 0);
 	if (tci >= 0) {
-		record->vlan = tci;
-		record->flags |= MACE_FLAG_VLAN;
+		*tagged = *read.record;
+		tagged->vlan = tci;
+		tagged->flags |= MACE_FLAG_VLAN;
+		read.record = tagged;
 	}
-	return record;
+	return read;
 }
 
 /**
  * mace_packet_read_other() - mace_packet_read_device() for a packet that is not the latest
  * @skb: the packet
- * @head_hash: as there
- * @l3_offset: as there
+ * @at: as there
  *
  * Context: interrupts off. Return: as there.
  */
-struct mace_record *mace_packet_read_other(const struct sk_buff *skb, u64 head_hash, int l3_offset)
+struct mace_read mace_packet_read_other(const struct sk_buff *skb, const u8 *at)
 {
+	unsigned int offset = at - skb->data;
 	struct mace_packet *packet;
-	struct mace_record *record;
 
-	if (unlikely(skb_vlan_tag_present(skb) || (unsigned int)l3_offset > skb->len ||
-		     eth_type_vlan(skb->protocol)))
-		return mace_read_unusual(skb, l3_offset);
-	packet = mace_read(mace_data_of(head_hash), skb, l3_offset, skb->protocol, true);
-	record = mace_record_of(packet, skb);
-	record->l3_len = skb->len - l3_offset;
-	return record;
+	if (unlikely(skb_vlan_tag_present(skb) || offset > skb->len ||
+		     (skb->protocol != htons(ETH_P_IP) && eth_type_vlan(skb->protocol))))
+		return mace_read_unusual(skb, offset);
+	packet = mace_read(mace_data_of(mace_head_hash(skb)), skb, offset, skb->protocol, true);
+	if (packet->skb != skb)
+		mace_identify_here(packet, skb);
+	return (struct mace_read){ mace_record_of(packet, skb), skb->len - offset };
 }
 
 /**
@@ -1006,7 +1076,7 @@ struct mace_record *mace_packet_read_other(const struct sk_buff *skb, u64 head_h
  *
  * Context: interrupts off. Return: as there.
  */
-struct mace_record *mace_packet_read_buffer(const struct sk_buff *skb)
+const struct mace_record *mace_packet_read_buffer(const struct sk_buff *skb)
 {
 	struct mace_data *data = mace_data_of(mace_head_hash(skb));
 	struct mace_packet *packet = data->latest;
@@ -1020,11 +1090,9 @@ struct mace_record *mace_packet_read_buffer(const struct sk_buff *skb)
 		packet->record.ip_version = 0;
 	if (!packet->record.ip_version) {
 		packet->protocol = MACE_PROTOCOL_NONE;
-		packet->flags = 0;
 		packet->record = (struct mace_record){ .cpu = cpu };
 		packet->skb = NULL;
 	}
-	packet->record.l3_len = 0;
 	return mace_record_of(packet, skb);
 }
 

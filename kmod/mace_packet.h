@@ -31,32 +31,32 @@ extern unsigned int mace_geneve_port_count;
 #define MACE_READS_MAX 12
 /* As many are always compared, and then two at a time: TCP over IPv4 has four. */
 #define MACE_READS_MIN 4
-/* NAPI polls 64 packets: with four times as many entries one in 38 shares its with two. */
-#define MACE_DATA_BITS 8
+/* NAPI polls 64 packets: with eight times as many entries one in nine shares its with another. */
+#define MACE_DATA_BITS 9
 /* No protocol: nothing was read. */
 #define MACE_PROTOCOL_NONE 0x10000
 
 /**
  * struct mace_packet - a packet that was read, by the bytes that were read of it
  *
- * Whatever @record and @flags say was decided by @protocol, by the bytes of @reads and by
+ * Whatever @record says was decided by @protocol, by the bytes of @reads and by
  * MACE_PAYLOAD_BYTES of payload. Where these are the same, all of it is the same: a comparison in
  * place of reading and hashing. Addresses, checksums and TTL were not read, so NAT and routing
  * make no difference; ports and identifiers are read each time.
  *
- * @record: what the bytes say, and skb_id, that of @skb, and cpu; flags, vlan, ports and l3_len are
- *	those of the last hook, all other fields are a probe's and 0 here
+ * @record: what the bytes say, and skb_id, that of @skb, and cpu; ports are those of the last hook,
+ *	all other fields are a probe's and 0 here
  * @skb: the buffer that it was in last
  * @content: the payload at @payload
- * @content_mask: which bits of it are payload
+ * @content_mask: which bits of it are payload; 0 without any
  * @protocol: of the network layer, in network byte order; or MACE_PROTOCOL_NONE
  * @in_place: bytes from the network layer's header on, in which all reads are
+ * @whole: the same, with the payload
  * @reads: how many there are: MACE_READS_MIN or more, and an even number
- * @payload: offset of @content, or 0
+ * @payload: offset of @content; 0 without any
  * @payload_bytes: how long it is
  * @ports: offset of l4_src and l4_dst, or 0
  * @ports_there: what was there last, whose numbers are in @record
- * @flags: what the bytes decide of mace_record.flags
  * @offset: of each read: the place of eight bytes, from the network layer's header on; the first's
  *	is 0
  * @value: what was there
@@ -69,12 +69,12 @@ struct mace_packet {
 	u64 content_mask[MACE_PAYLOAD_BYTES / sizeof(u64)];
 	u32 protocol;
 	u16 in_place;
+	u16 whole;
 	u16 reads;
 	u16 payload;
 	u16 ports;
-	u32 ports_there;
-	u8 flags;
 	u8 payload_bytes;
+	u32 ports_there;
 	u16 offset[MACE_READS_MAX];
 	u64 value[MACE_READS_MAX];
 	u64 mask[MACE_READS_MAX];
@@ -104,10 +104,12 @@ struct mace_identified {
  *
  * @data: by the hash of the data's address
  * @identified: by the hash of the buffer's address
+ * @tagged: the record of a packet with a VLAN tag, which is not remembered
  */
 struct mace_packets {
 	struct mace_data data[1 << MACE_DATA_BITS];
 	struct mace_identified identified[1 << MACE_IDENTIFIED_BITS];
+	struct mace_record tagged;
 };
 
 DECLARE_PER_CPU(struct mace_packets *, mace_packets);
@@ -129,14 +131,12 @@ static __always_inline struct mace_data *mace_data_of(u64 head_hash)
 void mace_identify(struct mace_packet *packet, const struct sk_buff *skb);
 
 /* The record of @packet, which is in @skb. */
-static __always_inline struct mace_record *mace_record_of(struct mace_packet *packet,
-							  const struct sk_buff *skb)
+static __always_inline const struct mace_record *mace_record_of(struct mace_packet *packet,
+								const struct sk_buff *skb)
 {
 	if (unlikely(packet->skb != skb))
 		mace_identify(packet, skb);
 	this_cpu_write(mace_last_packet, packet);
-	packet->record.flags = packet->flags;
-	packet->record.vlan = 0;
 	return &packet->record;
 }
 
@@ -157,56 +157,73 @@ static __always_inline u64 mace_differs(const struct mace_packet *packet, int re
 static __always_inline const u8 *mace_in_first_page(const struct sk_buff *skb, int beyond, int len)
 {
 	const skb_frag_t *frag = &skb_shinfo(skb)->frags[0];
-	const u8 *start;
+	const struct page *page;
+	unsigned long start;
 
 	/* A page of high memory may not be mapped. */
 	if (IS_ENABLED(CONFIG_HIGHMEM) || beyond < 0 || !skb_shinfo(skb)->nr_frags ||
 	    beyond + len > (int)skb_frag_size(frag))
 		return NULL;
-	/* NULL in a page that is no memory of the kernel's. */
-	start = skb_frag_address(frag);
-	if (unlikely(!start))
+	/* NULL where the memory is not the kernel's. */
+	page = skb_frag_page(frag);
+	if (unlikely(!page))
 		return NULL;
-	start += beyond;
-	return likely(offset_in_page(start) <= PAGE_SIZE - MACE_PAYLOAD_BYTES) ? start : NULL;
+	start = (unsigned long)page_address(page) + skb_frag_off(frag) + beyond;
+	return likely(offset_in_page(start) <= PAGE_SIZE - MACE_PAYLOAD_BYTES) ? (const u8 *)start :
+										 NULL;
 }
 
 const void *mace_peek_elsewhere(const struct sk_buff *skb, int offset, int len);
 
-/* Whether the packet whose network layer begins at @offset from skb->data is @packet. */
-static __always_inline bool mace_is_same(const struct mace_packet *packet,
-					 const struct sk_buff *skb, int offset, __be16 protocol)
+/* Where the payload of @packet would be, which is not in place whole; or NULL. */
+static __always_inline const u8 *mace_payload_elsewhere(const struct mace_packet *packet,
+							const struct sk_buff *skb, const u8 *at,
+							int in_place)
 {
-	int i, in_place = (int)skb_headlen(skb) - offset;
-	const u8 *at = skb->data + offset;
-	const u8 *payload = at + packet->payload;
-	u64 differs;
+	const u8 *payload;
 
-	if ((__force u16)protocol != packet->protocol || packet->in_place > in_place)
+	payload = mace_in_first_page(skb, packet->payload - in_place, packet->payload_bytes);
+	if (likely(payload))
+		return payload;
+	return mace_peek_elsewhere(skb, (int)(at - skb->data) + packet->payload,
+				   packet->payload_bytes);
+}
+
+/*
+ * Whether the packet whose network layer begins @at, in the linear part, is @packet. @in_place:
+ * what of that part is from there on.
+ */
+static __always_inline bool mace_is_same(const struct mace_packet *packet,
+					 const struct sk_buff *skb, const u8 *at, int in_place,
+					 __be16 protocol)
+{
+	const u8 *payload;
+	u64 differs;
+	int i;
+
+	if ((__force u16)protocol != packet->protocol)
 		return false;
 	/* IPv4's length and identification: mostly enough to tell another packet. */
-	if (mace_differs_at(packet, 0, at))
-		return false;
+	if (likely(packet->whole <= in_place)) {
+		if (mace_differs_at(packet, 0, at))
+			return false;
+		payload = at + packet->payload;
+	} else {
+		if (packet->in_place > in_place || mace_differs_at(packet, 0, at))
+			return false;
+		payload = mace_payload_elsewhere(packet, skb, at, in_place);
+		if (unlikely(!payload))
+			return false;
+	}
 	differs = mace_differs(packet, 1, at) | mace_differs(packet, 2, at) |
 		  mace_differs(packet, 3, at);
 	for (i = MACE_READS_MIN; i < packet->reads; i += 2)
 		differs |= mace_differs(packet, i, at) | mace_differs(packet, i + 1, at);
-	if (packet->payload) {
-		if (packet->payload + packet->payload_bytes > in_place) {
-			payload = mace_in_first_page(skb, packet->payload - in_place,
-						     packet->payload_bytes);
-			if (unlikely(!payload))
-				payload = mace_peek_elsewhere(skb, offset + packet->payload,
-							      packet->payload_bytes);
-			if (unlikely(!payload))
-				return false;
-		}
-		/* What lies behind the linear part is the buffer's skb_shared_info. */
-		differs |= (get_unaligned((const u64 *)payload) ^ packet->content[0]) &
-			   packet->content_mask[0];
-		differs |= (get_unaligned((const u64 *)(payload + 8)) ^ packet->content[1]) &
-			   packet->content_mask[1];
-	}
+	/* What lies behind the linear part is the buffer's skb_shared_info. */
+	differs |= (get_unaligned((const u64 *)payload) ^ packet->content[0]) &
+		   packet->content_mask[0];
+	differs |= (get_unaligned((const u64 *)(payload + 8)) ^ packet->content[1]) &
+		   packet->content_mask[1];
 	return !differs;
 }
 
@@ -217,18 +234,29 @@ static __always_inline void mace_set_ports(struct mace_packet *packet, const u8 
 	packet->record.l4_dst = get_unaligned_be16(ports + 2);
 }
 
-static __always_inline void mace_read_ports(struct mace_packet *packet, const struct sk_buff *skb,
-					    int offset)
+/* @at: the network layer's header */
+static __always_inline void mace_read_ports(struct mace_packet *packet, const u8 *at)
 {
-	const u8 *ports = skb->data + offset + packet->ports;
+	const u8 *ports = at + packet->ports;
 
 	/* Without ports these are the version and what is beside it, which is compared. */
 	if (unlikely(get_unaligned((const u32 *)ports) != packet->ports_there) && packet->ports)
 		mace_set_ports(packet, ports);
 }
 
-struct mace_record *mace_packet_read_other(const struct sk_buff *skb, u64 head_hash, int l3_offset);
-struct mace_record *mace_packet_read_buffer(const struct sk_buff *skb);
+/**
+ * struct mace_read - what was read of a buffer
+ *
+ * @record: what its packet's bytes tell, skb_id, vlan and cpu; other fields are 0
+ * @l3_len: as in the record; 0 of a buffer that is at no device
+ */
+struct mace_read {
+	const struct mace_record *record;
+	u32 l3_len;
+};
+
+struct mace_read mace_packet_read_other(const struct sk_buff *skb, const u8 *at);
+const struct mace_record *mace_packet_read_buffer(const struct sk_buff *skb);
 int mace_packet_prepare(unsigned int cpu);
 void mace_packet_init(void);
 void mace_packet_exit(void);
@@ -236,24 +264,23 @@ void mace_packet_exit(void);
 /**
  * mace_packet_read_device() - read a packet that is at a device
  * @skb: the packet
- * @head_hash: its mace_head_hash()
- * @l3_offset: where the network layer begins, from skb->data
+ * @at: where the network layer begins
  *
- * Context: interrupts off. Return: its record, until the next call on this CPU. skb_id, l3_len,
- * vlan and flags are set, and all that the packet's bytes tell; other fields are 0.
+ * Context: interrupts off. Return: its record, until the next call on this CPU, and its length.
  */
-static __always_inline struct mace_record *mace_packet_read_device(const struct sk_buff *skb,
-								   u64 head_hash, int l3_offset)
+static __always_inline struct mace_read mace_packet_read_device(const struct sk_buff *skb,
+								const u8 *at)
 {
-	struct mace_packet *packet = mace_data_of(head_hash)->latest;
+	struct mace_packet *packet = mace_data_of(mace_head_hash(skb))->latest;
+	unsigned int offset = at - skb->data;
+	unsigned int l3_len = skb->len - offset;
 
 	/* A negative offset is beyond any buffer's end, as an unsigned number. */
-	if (unlikely(skb_vlan_tag_present(skb) || (unsigned int)l3_offset > skb->len ||
-		     !mace_is_same(packet, skb, l3_offset, skb->protocol)))
-		return mace_packet_read_other(skb, head_hash, l3_offset);
-	mace_read_ports(packet, skb, l3_offset);
-	packet->record.l3_len = skb->len - l3_offset;
-	return mace_record_of(packet, skb);
+	if (unlikely(skb_vlan_tag_present(skb) || offset > skb->len ||
+		     !mace_is_same(packet, skb, at, (int)(l3_len - skb->data_len), skb->protocol)))
+		return mace_packet_read_other(skb, at);
+	mace_read_ports(packet, at);
+	return (struct mace_read){ mace_record_of(packet, skb), l3_len };
 }
 
 /**
@@ -264,19 +291,19 @@ static __always_inline struct mace_record *mace_packet_read_device(const struct 
  * skb->dev is not looked at: it may dangle, and in a UDP socket's queue it is no device
  * (skb->dev_scratch).
  *
- * Context: interrupts off. Return: as mace_packet_read_device(), with l3_len and vlan 0; with no
+ * Context: interrupts off. Return: as mace_packet_read_device(), without a length; with no
  * ip_version if it is not an IP packet, and then with nothing else.
  */
-static __always_inline struct mace_record *mace_packet_read_any(const struct sk_buff *skb)
+static __always_inline const struct mace_record *mace_packet_read_any(const struct sk_buff *skb)
 {
 	struct mace_packet *packet = mace_data_of(mace_head_hash(skb))->latest;
-	int offset = skb_network_offset(skb);
+	const u8 *at = skb->head + skb->network_header;
+	int in_place = (int)(skb_headlen(skb) + (skb->data - at));
 
 	if (unlikely(!skb->head || !skb->network_header || !packet->record.ip_version ||
-		     !mace_is_same(packet, skb, offset, skb->protocol)))
+		     !mace_is_same(packet, skb, at, in_place, skb->protocol)))
 		return mace_packet_read_buffer(skb);
-	mace_read_ports(packet, skb, offset);
-	packet->record.l3_len = 0;
+	mace_read_ports(packet, at);
 	return mace_record_of(packet, skb);
 }
 

@@ -76,6 +76,8 @@ enum mace_hook_at {
 #define MACE_BIT(hook, tracepoint, at) | BIT(MACE_HOOK_##hook)
 
 static const u32 mace_device_hooks = 0 MACE_HOOKS(MACE_BIT_AT_DEVICE);
+/* The way down: the network header is set. */
+static const u32 mace_down_hooks = BIT(MACE_HOOK_NET_DEV_QUEUE) | BIT(MACE_HOOK_NET_DEV_START_XMIT);
 static const u32 mace_end_hooks = 0 MACE_HOOKS(MACE_BIT_AT_END);
 static const u32 mace_placeless_hooks = (0 MACE_HOOKS(MACE_BIT)) &
 					~(0 MACE_HOOKS(MACE_BIT_AT_DEVICE));
@@ -113,7 +115,7 @@ struct mace_where {
  * entry. An entry may be overwritten by that of another buffer; then the place is not known.
  *
  * @check: see above
- * @buffer: lower halves of skb (bits 0 to 31), and of skb->dev or, once received, the index of the
+ * @buffer: skb; its upper half XOR the lower one of skb->dev or, once received, the index of the
  *	device's bond or VRF or its own again
  * @place: ifindex (bits 0 to 30), MACE_CONTEXT_RECEIVED, serial
  * @names: the namespace's
@@ -150,7 +152,7 @@ static __always_inline u64 mace_context_check(const struct sk_buff *skb, u64 pac
 	check = check * factor ^ packet_key;
 	check = check * factor ^ buffer;
 	check = check * factor ^ place;
-	return (check * factor ^ names) * factor;
+	return check * factor ^ names;
 }
 
 /*
@@ -162,7 +164,7 @@ static __always_inline bool mace_is_handed_up(const struct sk_buff *skb,
 {
 	return unlikely(!list_empty(&dev->adj_list.upper)) &&
 	       (!netif_is_bridge_port(dev) || skb_vlan_tag_present(skb) ||
-		eth_type_vlan(skb->protocol));
+		(skb->protocol != htons(ETH_P_IP) && eth_type_vlan(skb->protocol)));
 }
 
 struct mace_upper {
@@ -209,11 +211,12 @@ static noinline u32 mace_upper_index(const struct sk_buff *skb, const struct net
 }
 
 static __always_inline void mace_context_set(const struct sk_buff *skb, enum mace_hook hook,
-					     const struct net_device *dev, u64 packet_key,
-					     struct mace_where where)
+					     const struct net_device *dev,
+					     const struct mace_netns *netns, u64 packet_key)
 {
+	u64 place = (u64)netns->serial << 32 | (u32)dev->ifindex;
 	struct mace_context *context = mace_context_of(skb);
-	u64 place = (u64)where.at.serial << 32 | where.at.ifindex;
+	u64 names = netns->names;
 	u32 via = (unsigned long)dev;
 	u64 buffer;
 
@@ -221,11 +224,11 @@ static __always_inline void mace_context_set(const struct sk_buff *skb, enum mac
 		via = mace_is_handed_up(skb, dev) ? mace_upper_index(skb, dev) : dev->ifindex;
 		place |= MACE_CONTEXT_RECEIVED;
 	}
-	buffer = (u64)via << 32 | (u32)(unsigned long)skb;
-	WRITE_ONCE(context->check, mace_context_check(skb, packet_key, buffer, place, where.names));
+	buffer = (u64)via << 32 ^ (unsigned long)skb;
+	WRITE_ONCE(context->check, mace_context_check(skb, packet_key, buffer, place, names));
 	WRITE_ONCE(context->buffer, buffer);
 	WRITE_ONCE(context->place, place);
-	WRITE_ONCE(context->names, where.names);
+	WRITE_ONCE(context->names, names);
 }
 
 static __always_inline void mace_context_forget(const struct sk_buff *skb)
@@ -255,7 +258,7 @@ static __always_inline bool mace_context_get(const struct sk_buff *skb, u64 pack
 	const struct mace_context *context = mace_context_of(skb);
 	u64 check = READ_ONCE(context->check), buffer = READ_ONCE(context->buffer),
 	    place = READ_ONCE(context->place), names = READ_ONCE(context->names);
-	u32 via = buffer >> 32, serial = place >> 32;
+	u32 via = (buffer ^ (unsigned long)skb) >> 32, serial = place >> 32;
 	bool there;
 
 	if ((u32)buffer != (u32)(unsigned long)skb ||
@@ -283,8 +286,11 @@ static __always_inline bool mace_context_get(const struct sk_buff *skb, u64 pack
  */
 static DEFINE_PER_CPU(u64, mace_received[1 << MACE_RECEIVED_BITS]);
 
-static __always_inline void mace_received_set(u64 head_hash, const struct net_device *dev)
+static __always_inline void mace_received_set(const struct sk_buff *skb,
+					      const struct net_device *dev)
 {
+	u64 head_hash = mace_head_hash(skb);
+
 	this_cpu_write(mace_received[head_hash >> (64 - MACE_RECEIVED_BITS)],
 		       head_hash ^ (unsigned long)dev);
 }
@@ -397,20 +403,24 @@ static __always_inline bool mace_is_wanted(const struct mace_session *session,
  *
  * @ts_ns: as in the record
  * @ifindex: likewise
+ * @l3_len: likewise
  * @drop_reason: likewise
  * @gso_segs: likewise
+ * @flags: beside those of the packet
  */
 struct mace_here {
 	u64 ts_ns;
 	u32 ifindex;
+	u32 l3_len;
 	u32 drop_reason;
 	u16 gso_segs;
+	u8 flags;
 };
 
 /* Into the ring at once: what was read, and what is here. */
 static __always_inline void mace_record_to(struct mace_session *session, enum mace_hook hook,
 					   const struct mace_record *read, struct mace_here here,
-					   u32 netns)
+					   u64 names)
 {
 	struct mace_ring *ring = session->rings[read->cpu];
 	const u64 *from = (const u64 *)read;
@@ -421,150 +431,226 @@ static __always_inline void mace_record_to(struct mace_session *session, enum ma
 		atomic64_inc(&session->lost[hook]);
 		return;
 	}
-	slot = mace_ring_next(ring, hook, here.ts_ns);
-	if (unlikely(!slot))
+	if (unlikely(!mace_ring_has_room(ring, hook, here.ts_ns)))
 		return;
+	slot = ring->next;
 	to = (u64 *)slot;
 	to[1] = from[1]; /* skb_id */
 	to[2] = from[2]; /* packet_key */
-	slot->netns = netns;
+	/* Two stores; the compiler would make one of them, by a shift and more. */
+	WRITE_ONCE(slot->netns, names >> session->name_shift);
 	slot->ifindex = here.ifindex;
-	to[4] = from[4]; /* l3_len, l4_src, l4_dst */
-	slot->l4_seq = read->l4_seq;
-	slot->drop_reason = here.drop_reason;
+	slot->l3_len = here.l3_len;
+	((u32 *)slot)[9] = ((const u32 *)read)[9]; /* l4_src, l4_dst */
+	to[5] = from[5]; /* l4_seq, drop_reason */
 	to[6] = from[6]; /* gso_segs to vlan */
 	to[7] = from[7]; /* hook to pad */
+	if (here.drop_reason)
+		slot->drop_reason = here.drop_reason;
 	slot->gso_segs = here.gso_segs;
 	slot->hook = hook;
+	if (unlikely(here.flags))
+		slot->flags |= here.flags;
 	if (unlikely(mace_ring_written(ring, hook, slot, here.ts_ns)) &&
 	    mace_ring_close_subbuf(ring) >= session->watermark)
 		irq_work_queue(&session->wake);
 }
 
-/* All that is the same at every hook. */
-static __always_inline struct mace_here mace_describe(struct mace_record *read, enum mace_hook hook,
-						      const struct sk_buff *skb, u64 now_ns)
+static __always_inline struct mace_where mace_where_is(const struct mace_netns *netns, u32 ifindex)
 {
-	struct mace_here here = { .ts_ns = now_ns };
-	const struct skb_shared_info *shared;
-
-	/* A buffer that is freed may have no data any more. */
-	if (BIT(hook) & mace_device_hooks || skb->head) {
-		shared = skb_shinfo(skb);
-		here.gso_segs = shared->gso_size ? shared->gso_segs : 0;
-		/* As skb_cloned(). */
-		if (skb->cloned && (atomic_read(&shared->dataref) & SKB_DATAREF_MASK) != 1)
-			read->flags |= MACE_FLAG_CLONED;
-	}
-	return here;
-}
-
-static __always_inline struct mace_where mace_where_is(const struct net *net, u32 ifindex)
-{
-	const struct mace_netns *netns = mace_netns_of(net);
-
 	return (struct mace_where){
 		.at = { .serial = netns->serial, .ifindex = ifindex },
 		.names = netns->names,
 	};
 }
 
-/* A packet at no device: where it was, and what is known of it here; @read is of its bytes. */
+/*
+ * A packet at no device: where it was, and what is known of it here; @read is of its bytes. Sets
+ * MACE_FLAG_RECALLED in @flags, if it is from the context.
+ */
 static __always_inline struct mace_where mace_where_was(const struct sk_buff *skb,
-							struct mace_record *read)
+							const struct mace_record *read, u8 *flags)
 {
 	struct mace_where where = {};
+	bool recalled;
 
 	/* Only what is read again is compared: what is not IP has no context. */
-	if (read->ip_version && mace_context_get(skb, read->packet_key, &where))
-		read->flags |= MACE_FLAG_RECALLED;
+	recalled = read->ip_version && mace_context_get(skb, read->packet_key, &where);
 	/* Queued at a socket, charged to it: it lives, where its reader does. */
 	if (skb->sk && skb->destructor == sock_rfree &&
 	    mace_netns_serial(sock_net(skb->sk)) != where.at.serial) {
-		where = mace_where_is(sock_net(skb->sk), 0);
-		read->flags &= ~MACE_FLAG_RECALLED;
+		where = mace_where_is(mace_netns_of(sock_net(skb->sk)), 0);
+		recalled = false;
 	}
+	if (recalled)
+		*flags |= MACE_FLAG_RECALLED;
 	return where;
 }
 
-/* The first session from @node on that watches this hook, and this place if that is known. */
-static __always_inline struct mace_session *
-mace_next_session(struct hlist_node *node, enum mace_hook hook, bool known, struct mace_where where)
+/* Read the packet, which is at @dev if there is one. */
+static __always_inline struct mace_read mace_read_at(enum mace_hook hook, const struct sk_buff *skb,
+						     const struct net_device *dev)
+{
+	const u8 *at;
+
+	if (!dev)
+		return (struct mace_read){ mace_packet_read_any(skb), 0 };
+	/* The way down: the header is set. The way up: it may not be, but the data begins there. */
+	at = BIT(hook) & mace_down_hooks ? skb_network_header(skb) : skb->data;
+	return mace_packet_read_device(skb, at);
+}
+
+/*
+ * Where the packet is or was, and all that a record says of this hook; @netns: of @dev, if there is
+ * one; @detail: of mace_observe()
+ */
+static __always_inline struct mace_where
+mace_describe(enum mace_hook hook, const struct sk_buff *skb, const struct net_device *dev,
+	      const struct mace_netns *netns, struct mace_read read, u64 now_ns, u32 detail,
+	      struct mace_here *here)
+{
+	const struct skb_shared_info *shared;
+	struct mace_where where;
+
+	*here = (struct mace_here){
+		.ts_ns = now_ns,
+		.l3_len = read.l3_len,
+	};
+	/* A buffer that is freed may have no data any more. */
+	if (BIT(hook) & mace_device_hooks || skb->head) {
+		shared = skb_shinfo(skb);
+		here->gso_segs = shared->gso_size ? shared->gso_segs : 0;
+		/* As skb_cloned(). */
+		if (skb->cloned && (atomic_read(&shared->dataref) & SKB_DATAREF_MASK) != 1)
+			here->flags |= MACE_FLAG_CLONED;
+	}
+	if (dev) {
+		where = mace_where_is(netns, dev->ifindex);
+	} else {
+		where = mace_where_was(skb, read.record, &here->flags);
+		here->l3_len = hook == MACE_HOOK_KFREE_SKB ? 0 : detail;
+		here->drop_reason = hook == MACE_HOOK_KFREE_SKB ? detail : 0;
+	}
+	here->ifindex = where.at.ifindex;
+	return where;
+}
+
+/* Note where the buffer is, or was; @record: its packet's, if a session has @followed it */
+static __always_inline void mace_note_context(enum mace_hook hook, const struct sk_buff *skb,
+					      const struct net_device *dev,
+					      const struct mace_netns *netns, bool followed,
+					      const struct mace_record *record)
+{
+	if (dev && likely(READ_ONCE(mace_context_users))) {
+		if (followed && likely(record->ip_version))
+			mace_context_set(skb, hook, dev, netns, record->packet_key);
+		else
+			mace_context_forget(skb);
+	} else if (BIT(hook) & mace_end_hooks) {
+		mace_context_forget(skb);
+	}
+}
+
+/* The records for the sessions from @node on. Return: whether any of them follows the packet. */
+static noinline bool mace_record_to_each(struct hlist_node *node, enum mace_hook hook,
+					 const struct sk_buff *skb, const struct net_device *dev,
+					 struct mace_read read, u64 now_ns, u32 detail)
 {
 	struct mace_session *session;
+	struct mace_where where;
+	struct mace_here here;
+	bool followed = false;
 
+	where = mace_describe(hook, skb, dev, dev ? mace_netns_of(dev_net(dev)) : NULL, read,
+			      now_ns, detail, &here);
 	for (; node; node = rcu_dereference_raw(hlist_next_rcu(node))) {
 		session = hlist_entry(node, struct mace_session, node);
-		if (likely(READ_ONCE(session->unfiltered) & BIT(hook)) ||
-		    ((session->watched & BIT(hook)) && (!known || mace_is_at(session, where))))
+		if (!(session->watched & BIT(hook)) || !mace_is_at(session, where) ||
+		    !mace_is_wanted(session, read.record))
+			continue;
+		followed = true;
+		if (session->hooks & BIT(hook))
+			mace_record_to(session, hook, read.record, here, where.names);
+	}
+	return followed;
+}
+
+/* The first session from @node on that watches this hook, and @dev if there is one. */
+static __always_inline struct mace_session *mace_next_session(struct hlist_node *node,
+							      enum mace_hook hook,
+							      const struct net_device *dev,
+							      const struct mace_netns *netns)
+{
+	struct mace_where where = {};
+	struct mace_session *session;
+
+	if (dev)
+		where = mace_where_is(netns, dev->ifindex);
+	for (; node; node = rcu_dereference_raw(hlist_next_rcu(node))) {
+		session = hlist_entry(node, struct mace_session, node);
+		if ((session->watched & BIT(hook)) && (!dev || mace_is_at(session, where)))
 			return session;
 	}
 	return NULL;
 }
 
+/* What mace_observe() does where the first session does not get every packet, if there is one. */
+static noinline void mace_observe_filtered(struct hlist_node *node, enum mace_hook hook,
+					   const struct sk_buff *skb, const struct net_device *dev,
+					   u64 now_ns, u32 detail)
+{
+	const struct mace_netns *netns = dev ? mace_netns_of(dev_net(dev)) : NULL;
+	struct mace_session *session = mace_next_session(node, hook, dev, netns);
+	struct mace_read read = {};
+	bool followed = false;
+
+	/* A packet that nobody watches is not read. */
+	if (session) {
+		read = mace_read_at(hook, skb, dev);
+		followed =
+			mace_record_to_each(&session->node, hook, skb, dev, read, now_ns, detail);
+	}
+	mace_note_context(hook, skb, dev, netns, followed, read.record);
+}
+
 /*
  * Inlined into every probe, so that none pays for what only another one does; what happens seldom
- * is in functions of its own.
+ * is in functions of its own: filters, and further sessions.
  *
  * @dev: the device that the packet is at, or NULL
- * @l3_offset: where its network layer begins, from skb->data, if @dev
  * @detail: bytes copied at MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC, the reason at MACE_HOOK_KFREE_SKB
  */
 static __always_inline void mace_observe(enum mace_hook hook, const struct sk_buff *skb,
-					 const struct net_device *dev, int l3_offset, u32 detail)
+					 const struct net_device *dev, u32 detail)
 {
-	bool dropped = hook == MACE_HOOK_KFREE_SKB, followed = false;
-	struct mace_where where = {};
-	struct mace_record *read = NULL;
+	const struct mace_netns *netns = NULL;
 	struct mace_session *session;
+	struct mace_where where;
 	struct hlist_node *node;
 	struct mace_here here;
+	struct mace_read read;
 	unsigned long irq;
-	u64 now_ns, head_hash = 0;
+	u64 now_ns;
 
 	/* With interrupts off we are a reader of RCU's as well (since v5.0, whatisRCU.rst). */
 	local_irq_save(irq);
 	now_ns = ktime_get_mono_fast_ns();
-	if (dev) {
-		head_hash = mace_head_hash(skb);
-		if (hook == MACE_HOOK_NETIF_RECEIVE_SKB)
-			mace_received_set(head_hash, dev);
-		where = mace_where_is(dev_net(dev), dev->ifindex);
-	}
+	if (hook == MACE_HOOK_NETIF_RECEIVE_SKB)
+		mace_received_set(skb, dev);
 	node = rcu_dereference_raw(hlist_first_rcu(&mace_running));
-	session = mace_next_session(node, hook, dev, where);
-	if (likely(session)) {
+	session = hlist_entry_safe(node, struct mace_session, node);
+	if (likely(session && READ_ONCE(session->unfiltered) & BIT(hook))) {
+		read = mace_read_at(hook, skb, dev);
 		if (dev)
-			read = mace_packet_read_device(skb, head_hash, l3_offset);
-		else
-			read = mace_packet_read_any(skb);
-		here = mace_describe(read, hook, skb, now_ns);
-		if (!dev) {
-			where = mace_where_was(skb, read);
-			read->l3_len = dropped ? 0 : detail;
-			here.drop_reason = dropped ? detail : 0;
-		}
-		here.ifindex = where.at.ifindex;
-		do {
-			if (likely(READ_ONCE(session->unfiltered) & BIT(hook)) ||
-			    ((dev || mace_is_at(session, where)) &&
-			     mace_is_wanted(session, read))) {
-				followed = true;
-				if (likely(session->hooks & BIT(hook)))
-					mace_record_to(session, hook, read, here,
-						       where.names >> session->name_shift);
-			}
-			node = rcu_dereference_raw(hlist_next_rcu(&session->node));
-			session = mace_next_session(node, hook, dev, where);
-		} while (unlikely(session));
-	}
-	if (dev && likely(READ_ONCE(mace_context_users))) {
-		if (likely(followed && read->ip_version))
-			mace_context_set(skb, hook, dev, read->packet_key, where);
-		else
-			mace_context_forget(skb);
-	} else if (BIT(hook) & mace_end_hooks) {
-		mace_context_forget(skb);
+			netns = mace_netns_of(dev_net(dev));
+		where = mace_describe(hook, skb, dev, netns, read, now_ns, detail, &here);
+		mace_record_to(session, hook, read.record, here, where.names);
+		node = rcu_dereference_raw(hlist_next_rcu(&session->node));
+		if (unlikely(node))
+			mace_record_to_each(node, hook, skb, dev, read, now_ns, detail);
+		mace_note_context(hook, skb, dev, netns, true, read.record);
+	} else {
+		mace_observe_filtered(node, hook, skb, dev, now_ns, detail);
 	}
 	if (unlikely(mace_is_timed(hook)))
 		mace_add_time(hook, now_ns);
@@ -573,61 +659,59 @@ static __always_inline void mace_observe(enum mace_hook hook, const struct sk_bu
 
 static noinline void mace_observe_nowhere(enum mace_hook hook, const struct sk_buff *skb)
 {
-	mace_observe(hook, skb, NULL, 0, 0);
+	mace_observe(hook, skb, NULL, 0);
 }
 
 static __always_inline void mace_observe_at_device(enum mace_hook hook, const struct sk_buff *skb,
-						   const struct net_device *dev, int l3_offset)
+						   const struct net_device *dev)
 {
 	if (likely(dev))
-		mace_observe(hook, skb, dev, l3_offset, 0);
+		mace_observe(hook, skb, dev, 0);
 	else
 		mace_observe_nowhere(hook, skb);
 }
 
 /* --- the probes ------------------------------------------------------------------- */
 
-/* The way down: the network header is set. The way up: it may not be, but the data begins there. */
-
 static void mace_probe_net_dev_queue(void *data, struct sk_buff *skb)
 {
-	mace_observe_at_device(MACE_HOOK_NET_DEV_QUEUE, skb, skb->dev, skb_network_offset(skb));
+	mace_observe_at_device(MACE_HOOK_NET_DEV_QUEUE, skb, skb->dev);
 }
 
 static void mace_probe_net_dev_start_xmit(void *data, const struct sk_buff *skb,
 					  const struct net_device *dev)
 {
-	mace_observe_at_device(MACE_HOOK_NET_DEV_START_XMIT, skb, dev, skb_network_offset(skb));
+	mace_observe_at_device(MACE_HOOK_NET_DEV_START_XMIT, skb, dev);
 }
 
 static void mace_probe_netif_rx(void *data, struct sk_buff *skb)
 {
-	mace_observe_at_device(MACE_HOOK_NETIF_RX, skb, skb->dev, 0);
+	mace_observe_at_device(MACE_HOOK_NETIF_RX, skb, skb->dev);
 }
 
 static void mace_probe_netif_receive_skb(void *data, struct sk_buff *skb)
 {
-	mace_observe_at_device(MACE_HOOK_NETIF_RECEIVE_SKB, skb, skb->dev, 0);
+	mace_observe_at_device(MACE_HOOK_NETIF_RECEIVE_SKB, skb, skb->dev);
 }
 
 static void mace_probe_napi_gro_receive_entry(void *data, const struct sk_buff *skb)
 {
-	mace_observe_at_device(MACE_HOOK_NAPI_GRO_RECEIVE_ENTRY, skb, skb->dev, 0);
+	mace_observe_at_device(MACE_HOOK_NAPI_GRO_RECEIVE_ENTRY, skb, skb->dev);
 }
 
 static void mace_probe_skb_copy_datagram_iovec(void *data, const struct sk_buff *skb, int bytes)
 {
-	mace_observe(MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC, skb, NULL, 0, bytes);
+	mace_observe(MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC, skb, NULL, bytes);
 }
 
 MACE_DEFINE_CONSUME_SKB(mace_probe_consume_skb, skb)
 {
-	mace_observe(MACE_HOOK_CONSUME_SKB, skb, NULL, 0, 0);
+	mace_observe(MACE_HOOK_CONSUME_SKB, skb, NULL, 0);
 }
 
 MACE_DEFINE_KFREE_SKB(mace_probe_kfree_skb, skb)
 {
-	mace_observe(MACE_HOOK_KFREE_SKB, skb, NULL, 0, MACE_DROP_REASON());
+	mace_observe(MACE_HOOK_KFREE_SKB, skb, NULL, MACE_DROP_REASON());
 }
 
 /* A call that has nothing to do, as long as it takes. */
@@ -646,7 +730,7 @@ static noinline void mace_observe_ip_rcv(const struct sk_buff *skb)
 	 * packets that IP was handed before.
 	 */
 	if (!nf_bridge_in_prerouting(skb) && !netif_is_l3_master(skb->dev))
-		mace_observe(MACE_HOOK_IP_RCV, skb, skb->dev, 0, 0);
+		mace_observe(MACE_HOOK_IP_RCV, skb, skb->dev, 0);
 }
 
 /* Nearly always the packet was received where it is: neither the clock nor interrupts matter. */

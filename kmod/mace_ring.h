@@ -82,27 +82,25 @@ bool mace_ring_open_subbuf(struct mace_ring *ring, enum mace_hook hook, u64 ts_n
 u32 mace_ring_close_subbuf(struct mace_ring *ring);
 
 /**
- * mace_ring_next() - room for a record, or one more in the count of those lost
+ * mace_ring_has_room() - whether there is room for a record; if not, it is counted as lost
  * @ring: of this CPU
  * @hook: the record's, where the compiler may know it
  * @ts_ns: its time
  *
- * Context: interrupts off. Return: where the record is to be written, all but its ts_ns; then
- * mace_ring_written(). NULL if the ring is full.
+ * Context: interrupts off. Return: whether the record is to be written to @ring->next, all but its
+ * ts_ns; then mace_ring_written().
  */
-static __always_inline struct mace_record *mace_ring_next(struct mace_ring *ring,
-							  enum mace_hook hook, u64 ts_ns)
+static __always_inline bool mace_ring_has_room(struct mace_ring *ring, enum mace_hook hook,
+					       u64 ts_ns)
 {
-	if (unlikely(ring->next == ring->end) && !mace_ring_open_subbuf(ring, hook, ts_ns))
-		return NULL;
-	return ring->next;
+	return likely(ring->next != ring->end) || mace_ring_open_subbuf(ring, hook, ts_ns);
 }
 
 /**
  * mace_ring_written() - a record is in its place
  * @ring: of this CPU
  * @hook: the record's
- * @slot: what mace_ring_next() returned
+ * @slot: where it is
  * @ts_ns: its time: a clock that went back a little is held
  *
  * Context: interrupts off. Return: whether the sub-buffer is full now: mace_ring_close_subbuf().

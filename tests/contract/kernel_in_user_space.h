@@ -154,7 +154,9 @@ struct sk_buff {
 #define skb_vlan_tag_present(skb) 0
 #define skb_vlan_tag_get(skb) 0
 #define skb_frag_size(frag) ((unsigned int)(frag)->size)
-#define skb_frag_address(frag) ((frag)->bytes)
+#define skb_frag_page(frag) ((struct page *)(frag)->bytes)
+#define page_address(page) ((void *)(page))
+#define skb_frag_off(frag) ((void)(frag), 0)
 
 static int skb_copy_bits(const struct sk_buff *skb, int offset, void *to, int len)
 {

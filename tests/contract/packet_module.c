@@ -24,6 +24,7 @@ void read_frame(const u8 *frame, int len, int linear, int which, struct mace_rec
 	static struct net_device device = { .hard_header_len = ETH_HLEN };
 	int in_place = ETH_HLEN + min(linear, len - ETH_HLEN), rest = len - in_place;
 	struct sk_buff *skb = &buffers[which];
+	struct mace_read read;
 
 	memset(heads[which], 0xee, sizeof(heads[which]));
 	memset(pages[which], 0xdd, sizeof(pages[which]));
@@ -43,7 +44,9 @@ void read_frame(const u8 *frame, int len, int linear, int which, struct mace_rec
 				   { pages[which] + rest - rest / 3, rest / 3 } },
 		},
 	};
-	*record = *mace_packet_read_device(skb, mace_head_hash(skb), ETH_HLEN);
+	read = mace_packet_read_device(skb, skb->data + ETH_HLEN);
+	*record = *read.record;
+	record->l3_len = read.l3_len;
 }
 
 /* Nothing was read before, and what is read from now on has no mark. */
@@ -56,7 +59,7 @@ void forget(void)
 		for (packet = mace_packets->data[i].packets;
 		     packet < mace_packets->data[i].packets + 2; packet++) {
 			packet->protocol = MACE_PROTOCOL_NONE;
-			packet->flags = 0;
+			packet->record.flags = 0;
 			packet->record.drop_reason = 0;
 		}
 }

@@ -27,7 +27,7 @@ LOADS = 160
 USES = 10
 LEAK_KIB = 8192
 """Noise of what the kernel has cached, beside traffic. Seen are 52 KiB a load, and a module takes more; and 0.8 MiB a
-use, of 1 MiB for contexts and 180 KiB for packets of each CPU that the module allocates for sessions."""
+use, of 1 MiB for contexts and 360 KiB for packets of each CPU that the module allocates for sessions."""
 OPENS = 2000
 LEAK_OF_OPENS_KIB = OPENS // 2
 """The same without traffic. A leak of a session's structure, a KiB, is twice that; one of a ring is sixteen times as
