@@ -2,7 +2,7 @@
 
 month_overview      s from the address to the drawn overview in a browser, with nothing kept; peer: without wide windows
 month_view          s of the slowest view of a container, as the server answers it, with nothing kept; peer: likewise
-month_NAME          s of the view NAME alone; peer: likewise
+month_view_NAME     s of the view NAME alone; peer: likewise
 month_size          GB of windows; peer: of wide windows
 month_folding       s of CPU time that making the wide windows takes for each hour
 
@@ -78,7 +78,9 @@ def run(days: int = DAYS) -> list[dict[str, Any]]:
             max(old_views.values()),
         ),
         *(
-            figure(f"month_{name}", "s", [each[name] for each in answered], "without wide windows", old_views[name])
+            figure(
+                f"month_view_{name}", "s", [each[name] for each in answered], "without wide windows", old_views[name]
+            )
             for name in VIEWS
         ),
         figure("month_size", "GB", [sizes[0]], "wide windows", sum(sizes[1:])),
