@@ -113,7 +113,8 @@ def test_waits_add_up_to_what_the_kernel_counts():
         if any(first < ended and last > began for first, last in unsaid):
             continue
         # Of a wait while the account was read it is not known whether the account had it.
-        if any(start < last and end > first for start, end in waits for first, last in ((asked, began), (ended, answered))):
+        read = ((asked, began), (ended, answered))
+        if any(start < last and end > first for start, end in waits for first, last in read):
             continue
         parts += 1
         counted += after - before
