@@ -749,7 +749,7 @@ def grown(rows: pa.Table, table: str) -> pa.Table:
     schema, rows = SCHEMAS[table], from_stored(rows)
     for field in schema:
         if field.name not in rows.column_names:
-            told = rows["packets"] if field.name == GRADES["buffer"] else _nothing(field.type, len(rows))
+            told = rows["packets"] if field.name == GRADES["buffer"] else _nothing(field, len(rows))
             rows = rows.append_column(field.name, told)
     columns = [_as(rows[field.name], field.type) for field in schema]
     return pa.Table.from_arrays(columns, schema=schema)
@@ -765,8 +765,11 @@ def _as(column: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
     return column.cast(type_)
 
 
-def _nothing(type_: pa.DataType, rows: int) -> pa.Array:
-    """Return a column of default values: 0, false, an empty name or list."""
+def _nothing(field: pa.Field, rows: int) -> pa.Array:
+    """Return a column of what rows without it say: null if it may be, else 0, false, an empty name or list."""
+    type_ = field.type
+    if field.nullable:
+        return pa.nulls(rows, type_)
     if pa.types.is_dictionary(type_):
         return _constant("", rows)
     nothing: Any = [] if pa.types.is_list(type_) else "" if pa.types.is_string(type_) else 0

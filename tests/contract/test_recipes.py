@@ -708,8 +708,8 @@ def a_column(tree):
     tree.replace("correlator/lives.py", f"{made})\n", f'{made}, toy_odd=columns["l3_len"] % 2 == 1)\n')
     tables = "storage/tables.py"
     tree.insert(tables, ")\nWINDOWS: Final", f'    Column("toy_odd", pa.bool_(), "{meaning}"),\n')
-    last = "            _container_ids(delays.device, devices),\n"
-    tree.replace(tables, last, last + "            pa.array(delays.toy_odd),\n")
+    last, end = "            of.names(_container_id),\n", '        ],\n        schema=SCHEMAS["delays"],\n'
+    tree.replace(tables, last + end, f"{last}            pa.array(delays.toy_odd),\n{end}")
     tree.insert("docs/store.md", "\n## `windows`\n", f"| `toy_odd` | bool | {meaning} |\n")
     tree.write("tests/property/test_toycolumn.py", COLUMN_TEST)
 

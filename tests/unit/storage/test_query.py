@@ -505,11 +505,11 @@ def test_missing_columns_of_old_rows_get_defaults():
         ("windows", "container_id", ""),
         ("windows", "pod_containers", ""),
         ("ledger", "on_host_network", []),
+        ("round_trips", "tracer_cost_ns", None),
     ):
-        rows = tables.SCHEMAS[table].empty_table()
-        assert tables.grown(rows.drop_columns([column]), table).schema == tables.SCHEMAS[table]
-        made = tables._nothing(tables.SCHEMAS[table].field(column).type, 2)
-        assert made.to_pylist() == [nothing] * 2
+        schema = tables.SCHEMAS[table]
+        assert tables.grown(schema.empty_table().drop_columns([column]), table).schema == schema
+        assert tables._nothing(schema.field(column), 2).to_pylist() == [nothing] * 2
 
 
 def test_a_pod_and_its_containers_are_read_from_a_store(tmp_path):
