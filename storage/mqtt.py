@@ -75,6 +75,8 @@ _TAKEN_OVER_S: Final = (2.0, 60.0, 600.0)
 the other client also notices; the others keep two hosts with one name from disconnecting each other for ever."""
 _LOOK_S: Final = 2.0
 """Time within which a broker sends a retained status; without a retained one, nothing arrives."""
+_LOOK_ON_S: Final = 1.0
+"""Time after that within which another client that has just taken over says that it is online."""
 _FORGIVEN_S: Final = 3600.0
 """After a connection of this length, the next takeover counts as the first."""
 _SET_ASIDE_BYTES: Final = 64 << 20
@@ -373,16 +375,21 @@ class StreamPublisher:
     async def _is_another_online(self) -> bool:
         """Return whether the retained status of this host is another run's, which has taken over the session.
 
-        A broker need not say why it ends a session (mosquitto 2.0.11 does not). The query uses another client
-        identifier, so that it does not disconnect the present client.
+        A broker need not say why it ends a session (mosquitto 2.0.11 does not). It then publishes our last will, and
+        the other client's status follows. The query uses another client identifier, so that it does not disconnect the
+        present client.
         """
         with contextlib.suppress(MqttError, TimeoutError, ValueError, AttributeError):
-            async with asyncio.timeout(_LOOK_S), self._broker.connection(f"mace-{self._host}-look") as client:
+            async with asyncio.timeout(_LOOK_S) as limit, self._broker.connection(f"mace-{self._host}-look") as client:
                 (answer,) = await client.subscribe(status_topic(self._host))
-                if not is_failure(answer):
-                    async for message in client.messages:
-                        status = json.loads(payload_of(message))
-                        return bool(status.get("state") == "online" and status.get("run") != self._run)
+                if is_failure(answer):
+                    return False
+                async for message in client.messages:
+                    status = json.loads(payload_of(message))
+                    if status.get("state") == "online" and status.get("run") != self._run:
+                        return True
+                    if message.retain:
+                        limit.reschedule(asyncio.get_running_loop().time() + _LOOK_ON_S)
         return False
 
     def _will(self) -> Will:

@@ -14,7 +14,7 @@ from contracts.clock import ClockPair
 from contracts.config import Config, MqttConfig, StoreConfig
 from contracts.errors import StoreError
 from contracts.hooks import Hook
-from contracts.topics import Ack, Refusal, Shard, ack_topic, stream_topic
+from contracts.topics import Ack, Refusal, Shard, ack_topic, status_topic, stream_topic
 from contracts.wire import (
     HEAD,
     HEAD_SIZE,
@@ -126,6 +126,26 @@ def test_two_hosts_of_one_name_are_reported_and_do_not_reconnect_in_turns(tmp_pa
     assert all("0x8E" in told and "[run] host" in told and "measured.example" in told for told in warnings)
     assert sum("[run] host" in each for each in told) == 1  # the other host is connected
     assert balanced(sinks[0]).waiting == 2_000
+
+
+def test_a_rival_that_says_late_that_it_is_online_is_recognised(tmp_path, caplog):
+    """A broker that ends a session without a reason first publishes its last will, and then what the rival says."""
+    status = json.dumps({"state": "online", "host": "measured.example", "run": "rival"})
+
+    async def work(broker):
+        sink = publisher(broker.url, tmp_path / "spool", drain_s=0)
+        await sink.open(header())
+        await until(lambda: sink.state().connected)
+        async with Brokers(settings(broker.url).mqtt).of("").connection("mace-measured.example") as rival:
+            await until(lambda: not sink.state().connected)
+            await asyncio.sleep(0.3)
+            await rival.publish(status_topic("measured.example"), status, qos=1, retain=True)
+            await until(lambda: sink.taken_over)
+        await sink.aclose()
+
+    with mosquitto(tmp_path / "broker") as broker, caplog.at_level(logging.WARNING):
+        asyncio.run(work(broker))
+    assert ["[run] host" in record.getMessage() for record in caplog.records] == [True]
 
 
 @pytest.mark.slow

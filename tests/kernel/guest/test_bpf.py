@@ -104,8 +104,10 @@ def test_a_ring_that_is_full_counts_by_cpu_and_hook(lab: Lab) -> None:
         before = session.counts()
         while not made.lost:
             udp_echo(lab, "c1", 500)
+        # Nothing empties the ring meanwhile, and other packets of the machine are lost as well.
+        earlier = made.lost
         lost = session.counts()["lost"] - before["lost"]
-        assert lost.sum() == made.lost
+        assert earlier <= lost.sum() <= made.lost
         assert (lost[0] > 0).sum() > 2
         assert not lost[[cpu for cpu in range(session.possible_cpus) if cpu not in online_cpus()]].any()
         made.read()
