@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -201,9 +201,11 @@ def beside_a_busy_process():
 
 @contextmanager
 def under_a_quota():
-    """A control group with a quota, which a busy loop beside the reader uses up."""
+    """A control group with a quota, which a busy loop on the reader's CPU uses up: each CPU has a share of its own."""
     load.check("quota")
-    with load.applied("quota", os.environ, 60) as made:
+    with ExitStack() as ending:
+        with on_one_cpu(well_traced_cpu()):
+            made = ending.enter_context(load.applied("quota", os.environ, 60))
         yield ["sh", "-c", f'echo $$ >{made.group}/cgroup.procs && exec "$@"', "sh"]
 
 
