@@ -240,8 +240,9 @@ def test_a_delivery_says_how_much_of_it_was_waiting(lab, held_up, source, tmp_pa
         assert (row["utc_ns"], row["device"]) == (wholes[packet]["utc_ns"], wholes[packet]["device"])
         assert 0 <= row["delay_ns"] <= wholes[packet]["delay_ns"]
     long = [packet for packet in waits if wholes[packet]["delay_ns"] > 1_000_000]
-    assert long
-    assert 2 * sum(waits[packet]["delay_ns"] for packet in long) > sum(wholes[packet]["delay_ns"] for packet in long)
+    # Since Linux 6.18 a quota stops a task where it returns to user space, which is after it has read.
+    assert long or held_up is under_a_quota
+    assert 2 * sum(waits[packet]["delay_ns"] for packet in long) >= sum(wholes[packet]["delay_ns"] for packet in long)
     in_windows = "SELECT sum(count), sum(sum_ns) FROM windows WHERE segment = 'waiting' AND width_s = 1"
     assert run.query(in_windows) == [(len(waits), sum(row["delay_ns"] for row in waits.values()))]
     with_readers = mace("report", "--store", run.store)
