@@ -56,12 +56,12 @@ def _alike(told: Content) -> Ints:
     such numbers. A datagram counts as numbered by its payload, except between equal ports: mDNS, for example, has one
     question for all who ask. A tunnel's key is the inner packet's, of which nothing else is known.
     """
-    of = np.flatnonzero((told.ip_id == 0) & (told.ip_version != 0))
-    flags, proto = told.flags[of], told.l4_proto[of]
-    numbered = (flags & (Flag.FRAGMENT | Flag.TUNNEL) != 0) | (proto == ESP)
-    datagram = (proto == UDP) | (proto == UDPLITE)
-    one_port = datagram & (told.l4_src[of] == told.l4_dst[of])
-    alike: Ints = of[~numbered & ((flags & Flag.FLOW == 0) | one_port)]
+    kinds = (told.flags & np.uint8(Flag.FRAGMENT | Flag.TUNNEL) != 0) | (told.l4_proto == ESP)
+    numbered = kinds | (told.ip_id != 0) | (told.ip_version == 0)
+    datagram = (told.l4_proto == UDP) | (told.l4_proto == UDPLITE)
+    one_port = datagram & (told.l4_src == told.l4_dst)
+    # Of all records, and not of those without identification alone: choosing them costs more than looking at all.
+    alike: Ints = np.flatnonzero(~numbered & ((told.flags & np.uint8(Flag.FLOW) == 0) | one_port))
     return alike
 
 

@@ -84,20 +84,17 @@ def read(path: Path) -> str:
 
 def write(path: Path, text: str) -> None:
     """Set a tracefs file, in one write(2); raises `SourceError` with the path and the value."""
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_TRUNC)
-        try:
-            os.write(fd, text.encode())
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise SourceError(f"{path}: the kernel refuses {text!r}: {error.strerror}") from error
+    _put(path, text, os.O_TRUNC)
 
 
 def append(path: Path, text: str) -> None:
     """Add to the list in a tracefs file, in one write(2); raises `SourceError` with the path and the value."""
+    _put(path, text, os.O_APPEND)
+
+
+def _put(path: Path, text: str, how: int) -> None:
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_APPEND)
+        fd = os.open(path, os.O_WRONLY | how)
         try:
             os.write(fd, text.encode())
         finally:
